@@ -1,0 +1,80 @@
+# The manual of this repository: `make help` lists what it can do.
+# Two commands do all the set-up: `make demo` and `make test`.
+# Everything they create stays in this checkout, in .venv and .cache.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+STAMP := .venv/.installed
+
+export PATH := $(BIN):$(PATH)
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+# No CUDA driver on this machine: tell DeepSpeed, or it searches and warns on every start.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+export DS_ACCELERATOR ?= cpu
+endif
+# A job runner may give no home directory; nothing may be written to a folder named "~" then.
+ifeq ($(HOME),)
+export HOME := $(CURDIR)/.cache/home
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint type format docs bench clean compiler
+
+help: ## Print this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)"
+
+install: $(STAMP) ## Create .venv with torch, DeepSpeed, the plugin and the developer's tools.
+
+# torch goes first and alone: DeepSpeed's build looks at the torch that is there.
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo 'error: `$(PYTHON)` is not Python 3.10 to 3.13; run `make PYTHON=/path/to/python3 $(MAKECMDGOALS)`' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: `$(PYTHON)` cannot create environments; install its venv module (Debian: apt-get install python3-venv)' >&2; exit 1; }
+	@mkdir -p .cache
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo 'installing $(TORCH) (once; minutes, mostly the download) ...'
+	@$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@echo 'installing the plugin, DeepSpeed and the tools ...'
+	@$(BIN)/python -m pip install --quiet --editable '.[deepspeed,dev]'
+	@touch $@
+
+# On CPU DeepSpeed compiles one operator at its first start (about 40 s, cached afterwards).
+compiler:
+	@command -v g++ >/dev/null || { echo 'error: g++ is missing and DeepSpeed compiles an operator with it (Debian: apt-get install g++)' >&2; exit 1; }
+
+demo: export OMP_NUM_THREADS ?= 1
+demo: compiler $(STAMP) ## Train a small GPT twice, with and without the plugin, and compare (the main job).
+	@$(BIN)/python launch/demo.py
+
+test: compiler lint type ## Lint, types and all tests in random order.
+	@$(BIN)/python -m pytest -p randomly $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style and format.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+type: $(STAMP) ## Check types (mypy strict on the package).
+	@$(BIN)/mypy
+
+format: $(STAMP) ## Rewrite the sources in the project's format.
+	@$(BIN)/ruff check --fix-only --exit-zero .
+	@$(BIN)/ruff format .
+
+docs: $(STAMP) ## Write the option table of the user guide again from the config.
+	@$(BIN)/python tools/option_table.py
+
+bench: $(STAMP) ## Measure the cost of the hooks per saved tensor.
+	@$(BIN)/ssdtrain bench hooks
+
+clean: ## Remove the environment, the caches and built files.
+	@rm -rf .venv .cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

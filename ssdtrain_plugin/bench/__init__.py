@@ -1,0 +1,1 @@
+"""What ``ssdtrain bench`` runs."""

@@ -1,0 +1,221 @@
+"""OffloadConfig: the one table of options. Every surface is generated from it.
+
+It reads no file system and knows no host: whether a directory can be used is
+asked by :func:`ssdtrain_plugin.runtime.prepare`, which lists those faults
+together with the ones found here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.units import GIB, MIB, parse_bytes
+
+__all__ = ["OffloadConfig", "expand_path"]
+
+_SHOULD = re.compile(r"^\w+ should (be|have) (a valid )?")
+_WANTED = {
+    "too_long": "one directory; several drives are not supported yet",
+    "tuple_type": "a directory, or a list of one",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "float_type": "a number",
+}
+
+
+def _as_bytes(value: object) -> object:
+    if isinstance(value, str):
+        return parse_bytes(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # DeepSpeed's users write 5e8 in JSON, which is a float there
+    return value
+
+
+def _as_paths(value: object) -> object:
+    if isinstance(value, str | Path):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(str(item) if isinstance(item, Path) else item for item in value)
+    return value
+
+
+Directory = Annotated[str, Field(min_length=1)]
+Bytes = Annotated[int, BeforeValidator(_as_bytes)]
+PositiveBytes = Annotated[Bytes, Field(gt=0)]
+
+
+class OffloadConfig(BaseModel):
+    """Every option of the plugin. Immutable; unknown keys are errors.
+
+    Sizes are bytes, as an integer or as text such as ``"2 GiB"``.
+
+    Raises:
+        ConfigError: One or more options are wrong; all of them are listed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    enabled: bool = Field(default=True, description="Off switch: false trains as if the plugin were not there.")
+    paths: Annotated[tuple[Directory, ...], BeforeValidator(_as_paths)] = Field(
+        default=(),
+        max_length=1,  # until several drives are striped: an option is used or refused
+        description="Directory on the drive. `{local_rank}` and `{node}` are replaced. "
+        "Needed unless `host_bytes` is given or `policy` is `none`.",
+    )
+    policy: Literal["all", "fraction", "none"] = Field(
+        default="all",
+        description="What to offload: `all`; `fraction`, see `offload_fraction`; `none` moves nothing and only counts.",
+    )
+    offload_fraction: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        allow_inf_nan=False,
+        description="Share (0 to 1) of the bytes of a micro-batch to offload, the first in forward order, "
+        "for `policy: fraction`. The first micro-batch is offloaded whole: its size is not known yet.",
+    )
+    min_tensor_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        default=MIB, description="Smaller storages stay in device memory (bytes)."
+    )
+    host_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        default=0,
+        description="Budget of the host memory tier per rank (bytes). It is filled first, the drive takes the rest.",
+    )
+    disk_bytes: PositiveBytes | None = Field(
+        default=None, description="Cap on the extent files per rank (bytes). By default the free space minus 5 %."
+    )
+    max_inflight_bytes: PositiveBytes = Field(
+        default=2 * GIB,
+        description="Stores queued but not done (bytes). When it is reached forward waits, and the wait is counted.",
+    )
+    prefetch_bytes: PositiveBytes = Field(
+        default=2 * GIB, description="Loads ahead of backward, waiting in device memory (bytes)."
+    )
+    io_engine: Literal["auto", "posix"] = Field(
+        default="auto",
+        description="How bytes reach the drive. A named engine is used or refused; `auto` picks one and says why.",
+    )
+    io_threads: int = Field(default=4, ge=1, le=64, description="Worker threads per direction.")
+    checkpointing: Literal["offload", "recompute"] = Field(
+        default="offload",
+        description="What a region checkpointed with DeepSpeed's functions or `ssdtrain.checkpoint` means: `offload` "
+        "recomputes nothing, its saved tensors are offloaded; `recompute` recomputes it, its inputs are offloaded.",
+    )
+    stats_path: Directory | None = Field(
+        default=None,
+        description="Directory for one JSONL file of StepStats a rank, `rank<N>.jsonl`. `{local_rank}` and `{node}` "
+        "are replaced.",
+    )
+
+    SOURCE: ClassVar[str] = "the ssdtrain options"
+
+    def __init__(self, /, **options: Any) -> None:
+        """Check every option.
+
+        Args:
+            **options: As in the table; see the fields.
+
+        Raises:
+            ConfigError: Lists every fault.
+        """
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise ConfigError(self.SOURCE, [*self._problems(error), *self._still_missing(error, options)]) from None
+        missing = self._missing()
+        if missing:
+            raise ConfigError(self.SOURCE, missing)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> OffloadConfig:
+        """Build from a mapping, for example a parsed JSON block.
+
+        Args:
+            options: Option names and values.
+
+        Raises:
+            ConfigError: Lists every fault.
+        """
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise ConfigError(cls.SOURCE, [f"{options!r} (expected a mapping of option names to values)"])
+        return cls(**options)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> OffloadConfig:
+        """Build from a YAML file whose top level, or whose ``ssdtrain`` key, is the table.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ConfigError: The file cannot be read, is not YAML, or has faults; all are listed.
+        """
+        try:
+            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"`{path}`", [reason], hint="check the path and that it holds YAML") from None
+        if isinstance(options, Mapping) and set(options) == {"ssdtrain"}:
+            options = options["ssdtrain"]
+        try:
+            return cls.from_dict(options)
+        except ConfigError as error:
+            raise ConfigError(f"`{path}`", error.problems) from None
+
+    def _missing(self) -> list[str]:
+        if self.enabled and self.policy != "none" and not self.paths and not self.host_bytes:
+            return ["paths: missing (expected at least one directory on a drive)"]
+        return []
+
+    @classmethod
+    def _still_missing(cls, error: ValidationError, options: Mapping[str, Any]) -> Sequence[str]:
+        # Pydantic stops before the check of what is missing; ask again with the right options alone.
+        wrong = {str(fault["loc"][0]) for fault in error.errors()}
+        if wrong & {"paths", "host_bytes"}:
+            return ()
+        try:
+            cls(**{name: value for name, value in options.items() if name not in wrong})
+        except ConfigError as missing:
+            return missing.problems
+        return ()
+
+    @classmethod
+    def _problems(cls, error: ValidationError) -> list[str]:
+        problems = []
+        for fault in error.errors():
+            name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function"))
+            if fault["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, list(cls.model_fields), n=1, cutoff=0.6)
+                meant = f" (did you mean `{near[0]}`?)" if near else ""
+                problems.append(f"{name}: unknown option{meant}")
+                continue
+            if fault["type"] == "value_error":
+                problems.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}")
+                continue
+            wanted = _WANTED.get(fault["type"]) or _SHOULD.sub("", fault["msg"])
+            problems.append(f"{name}: {fault['input']!r} (expected {wanted})")
+        return problems
+
+
+def expand_path(path: str, *, local_rank: int) -> str:
+    """Replace the placeholders of a path.
+
+    Args:
+        path: May hold ``{local_rank}`` and ``{node}``; other braces stay as they are.
+        local_rank: Rank of this process on its node.
+
+    Returns:
+        The path with ``{local_rank}`` and the host's name put in.
+    """
+    return path.replace("{local_rank}", str(local_rank)).replace("{node}", socket.gethostname())

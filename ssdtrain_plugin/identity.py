@@ -1,0 +1,275 @@
+"""What is this tensor: which storage, which bytes of it, and is it a parameter?
+
+Note [Identity]. Addresses and ``id()`` are reused and wall clocks collide, so a
+storage is known by a serial bound to a ``StorageWeakRef``: while the weak
+reference is held, the address of the storage object is given to no other one
+(SSDTrain, section III-B, binds a timestamp instead; two halves of one SwiGLU
+storage then collide, because the offset is not part of the identity).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple, NewType
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+
+__all__ = [
+    "Span",
+    "StorageKey",
+    "StorageRegistry",
+    "TensorView",
+    "is_parameter",
+    "is_plain",
+    "revive",
+    "span_of",
+    "version_probe",
+]
+
+StorageKey = NewType("StorageKey", int)
+
+# A load target starts on a multiple of this, so a span that starts on one keeps
+# the alignment that vectorised kernels saw; their sums may depend on it.
+SPAN_ALIGNMENT_BYTES = 4096
+
+# A view that spans less than this share of its storage is stored alone.
+WHOLE_STORAGE_SHARE = 0.25
+
+_NO_BYTES = torch.empty(0)
+_CASTS_AND_VIEWS = frozenset(
+    {
+        "AliasBackward0",
+        "ExpandBackward0",
+        "PermuteBackward0",
+        "ReshapeAliasBackward0",
+        "TBackward0",
+        "ToCopyBackward0",
+        "TransposeBackward0",
+        "UnsafeViewBackward0",
+        "ViewBackward0",
+    }
+)
+
+
+class TensorView(NamedTuple):
+    """How one saved tensor looks at its storage.
+
+    Attributes:
+        dtype: Element type.
+        shape: Sizes.
+        stride: Strides in elements.
+        storage_offset: First element, counted from the start of the storage.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorView:
+        """Read the view of a strided tensor."""
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def apply(self, storage: torch.UntypedStorage, first_byte: int) -> Tensor:
+        """Build the tensor again.
+
+        Args:
+            storage: Holds the bytes of the original storage from ``first_byte`` on.
+            first_byte: A multiple of the element size.
+
+        Returns:
+            A tensor with the dtype, shape and strides of the saved one.
+        """
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
+        offset = self.storage_offset - first_byte // self.dtype.itemsize
+        return tensor.set_(storage, offset, self.shape, self.stride)
+
+
+class Span(NamedTuple):
+    """A range of bytes of a storage.
+
+    Attributes:
+        first_byte: Start, a multiple of ``SPAN_ALIGNMENT_BYTES``.
+        nbytes: Length.
+    """
+
+    first_byte: int
+    nbytes: int
+
+    def bytes_of(self, storage: torch.UntypedStorage) -> Tensor:
+        """View the span of a storage as (nbytes,) uint8.
+
+        Args:
+            storage: The whole one.
+        """
+        tensor = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return tensor.set_(storage, self.first_byte, (self.nbytes,), (1,))
+
+    def covers(self, other: Span) -> bool:
+        """Tell whether all bytes of ``other`` are in this span."""
+        return (
+            self.first_byte <= other.first_byte
+            and other.first_byte + other.nbytes <= self.first_byte + self.nbytes
+        )
+
+
+def span_of(tensor: Tensor, storage_bytes: int) -> Span:
+    """Find the bytes to store for a view.
+
+    Args:
+        tensor: Any shape and non-negative strides, at least one element.
+        storage_bytes: Size of its whole storage.
+
+    Returns:
+        The whole storage, unless the view spans less than ``WHOLE_STORAGE_SHARE`` of it.
+        Gathering the elements would change the strides, and with them perhaps the
+        kernel and the last bit of the result, so holes are stored too.
+    """
+    itemsize = tensor.dtype.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * itemsize
+    end = start + (last + 1) * itemsize
+    first = start - start % SPAN_ALIGNMENT_BYTES
+    if end - first >= WHOLE_STORAGE_SHARE * storage_bytes:
+        return Span(0, storage_bytes)
+    return Span(first, end - first)
+
+
+def version_probe(tensor: Tensor) -> Tensor:
+    """Make an object that sees in-place changes of ``tensor`` and holds none of its bytes.
+
+    ``detach`` shares the version counter; setting ``data`` swaps the storage and
+    keeps the counter. So ``probe._version`` follows the tensor after its bytes
+    have left memory, as autograd's own check would.
+
+    Args:
+        tensor: Any strided tensor.
+
+    Returns:
+        A tensor without elements.
+    """
+    probe = tensor.detach()
+    probe.data = _NO_BYTES if probe.device.type == "cpu" else probe.new_empty(0)
+    return probe
+
+
+def revive(reference: StorageWeakRef) -> torch.UntypedStorage | None:
+    """Get the storage back while something else still holds it.
+
+    Args:
+        reference: Of any storage.
+
+    Returns:
+        The storage, or None when its bytes are gone.
+    """
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return storage
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether dtype, shape, strides and offset describe the tensor fully.
+
+    Subclasses, sparse and nested layouts, lazily conjugated or negated views and
+    functorch wrappers hold more than bytes: they are kept.
+    """
+    return (
+        (type(tensor) is Tensor or type(tensor) is Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Tell whether a saved tensor is a weight. It arrives in three ways.
+
+    As the Parameter; as a view whose base is one (``weight.t()``); or, under
+    autocast, as a low-precision copy, whose ``grad_fn`` leads through casts and
+    views to the ``AccumulateGrad`` of a Parameter. Storage pointers do not tell:
+    under ZeRO-3 they come and go.
+    """
+    base = tensor._base if tensor._base is not None else tensor
+    if isinstance(base, Parameter):
+        return True
+    node = base.grad_fn
+    while node is not None and node.name() in _CASTS_AND_VIEWS:
+        node = node.next_functions[0][0]
+    variable = getattr(node, "variable", None)
+    return isinstance(variable, Parameter) and node is not base.grad_fn
+
+
+class StorageRegistry:
+    """Gives each storage its serial, and knows those that never move.
+
+    Threads:
+        Not safe; its owner locks.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._serials = itertools.count()
+        self._known: dict[int, tuple[StorageWeakRef, StorageKey]] = {}
+        self._resident: dict[int, StorageWeakRef] = {}
+
+    def keep_resident(self, tensors: Iterable[Tensor]) -> None:
+        """Remember storages that live as long as the model: parameters and buffers.
+
+        Args:
+            tensors: Any device and dtype; held weakly.
+        """
+        for tensor in tensors:
+            if is_plain(tensor):
+                storage = tensor.untyped_storage()
+                self._resident[storage._cdata] = StorageWeakRef(storage)
+
+    def is_resident(self, storage: torch.UntypedStorage) -> bool:
+        """Tell whether the storage was given to :meth:`keep_resident`."""
+        return storage._cdata in self._resident
+
+    def find(self, storage: torch.UntypedStorage) -> StorageKey | None:
+        """Look a storage up.
+
+        Args:
+            storage: Alive, so its address is its own.
+
+        Returns:
+            Its key, or None if it has none yet.
+        """
+        entry = self._known.get(storage._cdata)
+        return None if entry is None else entry[1]
+
+    def add(self, storage: torch.UntypedStorage) -> tuple[StorageKey, StorageWeakRef]:
+        """Give a new storage a key.
+
+        Args:
+            storage: Not known yet.
+
+        Returns:
+            The key, and the weak reference that makes it safe.
+        """
+        reference = StorageWeakRef(storage)
+        key = StorageKey(next(self._serials))
+        self._known[storage._cdata] = (reference, key)
+        return key, reference
+
+    def reference(self, storage: torch.UntypedStorage) -> StorageWeakRef:
+        """Get the weak reference of a known storage."""
+        return self._known[storage._cdata][0]
+
+    def forget(self, reference: StorageWeakRef) -> None:
+        """Drop a key that nothing uses any more.
+
+        Args:
+            reference: As given by :meth:`add`.
+        """
+        self._known.pop(reference.cdata, None)
+
+    def __len__(self) -> int:
+        """Count the storages known."""
+        return len(self._known)

@@ -1,0 +1,1 @@
+"""Who decides what to offload. Integers in, a decision out; moves nothing."""

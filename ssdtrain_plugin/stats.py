@@ -1,0 +1,127 @@
+"""What happened in one step, in bytes and seconds. Observes; decides nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+__all__ = ["StatsWriter", "StepCounter", "StepStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step of one rank.
+
+    Attributes:
+        step: Number of the step, from 0.
+        rank: Global rank of the process.
+        microbatches: Micro-batches whose forward ran.
+        stored_bytes: Bytes written to the drive.
+        loaded_bytes: Bytes brought back to device memory, from the drive or the host tier.
+        forwarded_bytes: Offloaded bytes handed back from memory, without a read.
+        deduplicated_bytes: Saves of a storage that was already known.
+        kept_bytes: Bytes that stayed in device memory, by decision or because a store failed.
+        host_bytes: Bytes copied to the host tier.
+        peak_activation_bytes: Live saved bytes in device memory, at their highest.
+        saved_bytes: What would have been live without the plugin, at its highest.
+        num_loads_on_demand: Loads that no prefetch had started when backward asked.
+        stall_seconds: Time that training waited for transfers, both directions.
+        store_seconds: Time that workers spent in stores, summed over threads.
+        load_seconds: Time that workers spent in loads, summed over threads.
+        forward_seconds: Host time in forward passes.
+        backward_seconds: Host time in backward passes.
+        failures: Failed or refused stores, by cause.
+        plan: The policy's decision in one line.
+    """
+
+    step: int
+    rank: int
+    microbatches: int
+    stored_bytes: int
+    loaded_bytes: int
+    forwarded_bytes: int
+    deduplicated_bytes: int
+    kept_bytes: int
+    host_bytes: int
+    peak_activation_bytes: int
+    saved_bytes: int
+    num_loads_on_demand: int
+    stall_seconds: float
+    store_seconds: float
+    load_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    failures: dict[str, int]
+    plan: str
+
+    def to_json(self) -> str:
+        """Write one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@dataclass(slots=True)
+class StepCounter:
+    """The running numbers of the present step. Guarded by the lock of its owner."""
+
+    microbatches: int = 0
+    stored_bytes: int = 0
+    loaded_bytes: int = 0
+    forwarded_bytes: int = 0
+    deduplicated_bytes: int = 0
+    kept_bytes: int = 0
+    host_bytes: int = 0
+    peak_activation_bytes: int = 0
+    saved_bytes: int = 0
+    num_loads_on_demand: int = 0
+    stall_seconds: float = 0.0
+    store_seconds: float = 0.0
+    load_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def freeze(self, *, step: int, rank: int, plan: str) -> StepStats:
+        """Close the step.
+
+        Args:
+            step: Its number.
+            rank: Global rank of the process.
+            plan: The policy's one line.
+        """
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values["failures"] = dict(self.failures)
+        return StepStats(step=step, rank=rank, plan=plan, **values)
+
+
+class StatsWriter:
+    """Appends StepStats to ``<directory>/rank<N>.jsonl``, a line a step.
+
+    Args:
+        directory: Created if it is missing.
+        rank: Global rank of the process.
+    """
+
+    def __init__(self, directory: str, rank: int) -> None:
+        """Open the file for appending."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] | None = (folder / f"rank{rank}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, stats: StepStats) -> None:
+        """Append one line and flush it, so that a killed run keeps its last step.
+
+        Args:
+            stats: The step.
+        """
+        if self._file is not None:
+            self._file.write(stats.to_json() + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file. Calling it twice does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,276 @@
+"""Host memory that is huge-page-backed, pinned where there is a device, and recycled.
+
+A fresh buffer per transfer costs a page fault storm, and buffers on 4 KiB pages
+halve the bandwidth of the drive; so memory is mapped in slabs, kept, and handed
+out in blocks. It knows nothing of files or of what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import threading
+import weakref
+from collections import deque
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssdtrain_plugin.errors import CapacityError, StateError
+from ssdtrain_plugin.storage.base import Extent
+from ssdtrain_plugin.storage.extents import ExtentAllocator, round_down, round_up
+from ssdtrain_plugin.streams import Streams
+from ssdtrain_plugin.units import MIB, format_bytes
+
+__all__ = ["BLOCK_ALIGNMENT", "HostArena", "memory_at"]
+
+logger = logging.getLogger(__name__)
+
+BLOCK_ALIGNMENT = 4096
+"""Blocks start at, and reach to, multiples of this many bytes."""
+
+_HUGE_PAGE_BYTES = 2 * MIB
+
+
+@lru_cache(maxsize=1024)
+def _array_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    # ctypes keeps array types weakly; without this each call would build, and
+    # leave to the garbage collector, a new class.
+    return ctypes.c_char * nbytes
+
+
+def memory_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    """View raw memory as a buffer that ``os.pwritev`` and ``os.preadv`` accept.
+
+    Args:
+        address: Start of the memory, which the caller keeps alive.
+        nbytes: Its length.
+    """
+    return _array_type(nbytes).from_address(address)
+
+
+class _Slab:
+    """One mapping. It is unmapped when the last block on it has died, and never before."""
+
+    __slots__ = ("address", "allocator", "is_pinned", "memory", "nbytes", "skip_bytes")
+
+    def __init__(self, nbytes: int) -> None:
+        # MAP_PRIVATE: shared anonymous memory gets no huge pages by madvise.
+        self.memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+            except OSError as error:  # a kernel without transparent huge pages
+                logger.debug("no huge pages for host memory: %s", error)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.skip_bytes = -start % _HUGE_PAGE_BYTES
+        self.address = start + self.skip_bytes
+        self.nbytes = nbytes
+        self.allocator = ExtentAllocator(BLOCK_ALIGNMENT)
+        self.is_pinned = False
+
+
+class _Block(NamedTuple):
+    slab: _Slab
+    extent: Extent
+
+    @property
+    def address(self) -> int:
+        return self.slab.address + self.extent.offset
+
+
+class HostArena:
+    """Hands out CPU tensors on recycled blocks; a block comes back when its tensor dies.
+
+    Note [Blocks come back by themselves]. A block is a ctypes array on the slab, and
+    the storage of the tensor holds that array. When the last tensor on the storage
+    dies, on whatever thread, a finalizer appends the block to a deque. It takes no
+    lock, because it may run in the middle of anything, this class included; the next
+    call that holds the lock drains the deque.
+
+    Args:
+        streams: Pin the slabs for their device.
+        slab_bytes: Memory is mapped in pieces of this size, or of one block if that is
+            larger. A block never spans two slabs.
+        limit_bytes: Bound on the memory mapped, or None.
+
+    Threads:
+        Any.
+    """
+
+    def __init__(self, streams: Streams, *, slab_bytes: int = 64 * MIB, limit_bytes: int | None = None) -> None:
+        """Map nothing yet."""
+        self._streams = streams
+        self._slab_bytes = round_up(max(slab_bytes, 1), BLOCK_ALIGNMENT)
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._slabs: list[_Slab] = []
+        self._live: dict[int, int] = {}  # address of a block -> bytes asked for
+        self._returned: deque[_Block] = deque()
+        self._reserved_bytes = 0
+        self._is_closed = False
+        self._has_warned = False
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in live blocks, each rounded up to :data:`BLOCK_ALIGNMENT`."""
+        with self._lock:
+            self._drain()
+            return sum(slab.allocator.used_bytes for slab in self._slabs)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes mapped now, in use or not."""
+        with self._lock:
+            return self._reserved_bytes
+
+    def tensor(self, nbytes: int) -> Tensor:
+        """Give a tensor on a block of its own. Its values are not initialised.
+
+        Args:
+            nbytes: Bytes needed, at least 1.
+
+        Returns:
+            (nbytes,), uint8, CPU, contiguous, address a multiple of
+            :data:`BLOCK_ALIGNMENT`; pinned if the streams' device wants it. The memory up
+            to the next multiple belongs to the block too; see :meth:`is_block`.
+
+        Raises:
+            CapacityError: ``limit_bytes`` would be exceeded, or the system has no memory.
+            StateError: The arena is closed.
+            ValueError: ``nbytes`` is not positive.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise StateError(f"cannot reserve host memory: {format_bytes(nbytes)} (the arena is closed)")
+            self._drain()
+            block = self._take(nbytes)
+            array = _array_type(block.extent.reserved_bytes).from_buffer(
+                block.slab.memory, block.slab.skip_bytes + block.extent.offset
+            )
+            self._live[block.address] = nbytes
+            finalizer = weakref.finalize(array, self._returned.append, block)
+            finalizer.atexit = False
+        return torch.frombuffer(array, dtype=torch.uint8, count=nbytes)
+
+    def is_block(self, tensor: Tensor) -> bool:
+        """Tell whether ``tensor`` is all of one live block.
+
+        Then the bytes after its end, up to the next multiple of
+        :data:`BLOCK_ALIGNMENT`, hold nothing, and a transfer may run over them.
+
+        Args:
+            tensor: (n,), uint8, CPU, contiguous.
+        """
+        with self._lock:
+            # A block that has died may have left its address to a stranger.
+            self._drain()
+            return self._live.get(tensor.data_ptr()) == tensor.numel()
+
+    def trim(self) -> int:
+        """Give wholly free slabs back to the system.
+
+        Returns:
+            Bytes given back.
+        """
+        with self._lock:
+            self._drain()
+            return self._trim()
+
+    def close(self) -> None:
+        """Unpin the slabs and let them go. Calling it twice does nothing.
+
+        Live tensors stay valid: each keeps its mapping until it dies.
+
+        Ordering:
+            No copy between a device and this memory is under way.
+        """
+        with self._lock:
+            self._drain()
+            self._is_closed = True
+            for slab in self._slabs:
+                self._unpin(slab)
+            self._slabs.clear()
+            self._reserved_bytes = 0
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                block = self._returned.popleft()
+            except IndexError:
+                return
+            del self._live[block.address]
+            block.slab.allocator.free(block.extent)
+
+    def _take(self, nbytes: int) -> _Block:
+        for slab in self._slabs:
+            if slab.nbytes - slab.allocator.used_bytes >= nbytes:
+                extent = slab.allocator.allocate(nbytes, slab.nbytes)
+                if extent is not None:
+                    return _Block(slab, extent)
+        slab = self._grow(nbytes)
+        extent = slab.allocator.allocate(nbytes, slab.nbytes)
+        if extent is None:
+            raise StateError(f"a new slab of {slab.nbytes} bytes has no room for {nbytes}")
+        return _Block(slab, extent)
+
+    def _grow(self, nbytes: int) -> _Slab:
+        need_bytes = round_up(nbytes, BLOCK_ALIGNMENT)
+        slab_bytes = max(self._slab_bytes, round_up(need_bytes, _HUGE_PAGE_BYTES))
+        if self._limit_bytes is not None:
+            if self._reserved_bytes + slab_bytes > self._limit_bytes:
+                self._trim()  # free slabs, each too small, may make room for one that fits
+            left_bytes = round_down(max(self._limit_bytes - self._reserved_bytes, 0), BLOCK_ALIGNMENT)
+            if left_bytes < need_bytes:
+                raise CapacityError(
+                    f"cannot reserve host memory: {format_bytes(nbytes)} "
+                    f"({format_bytes(left_bytes)} left of {format_bytes(self._limit_bytes)})",
+                    nbytes=nbytes,
+                    hint="raise `host_bytes`",
+                )
+            slab_bytes = min(slab_bytes, left_bytes)
+        try:
+            slab = _Slab(slab_bytes)
+        except OSError as error:
+            raise CapacityError(
+                f"cannot reserve host memory: {format_bytes(slab_bytes)} ({error.strerror})",
+                errno=error.errno,
+                nbytes=nbytes,
+                hint="lower `host_bytes`, or raise the memory limit of the process",
+            ) from error
+        self._pin(slab)
+        self._slabs.append(slab)
+        self._reserved_bytes += slab.nbytes
+        return slab
+
+    def _trim(self) -> int:
+        idle = [slab for slab in self._slabs if not len(slab.allocator)]
+        for slab in idle:
+            self._unpin(slab)
+        self._slabs = [slab for slab in self._slabs if len(slab.allocator)]
+        freed_bytes = sum(slab.nbytes for slab in idle)
+        self._reserved_bytes -= freed_bytes
+        return freed_bytes
+
+    def _pin(self, slab: _Slab) -> None:
+        try:
+            self._streams.pin(slab.address, slab.nbytes)
+        except RuntimeError as error:
+            # Pageable memory is slower and as right: copies from it are ordered the same.
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "cannot page-lock host memory: %s (%s); transfers are slower. hint: raise `ulimit -l`",
+                    format_bytes(slab.nbytes),
+                    " ".join(str(error).split()),
+                )
+            return
+        slab.is_pinned = True
+
+    def _unpin(self, slab: _Slab) -> None:
+        if slab.is_pinned:
+            slab.is_pinned = False
+            self._streams.unpin(slab.address)

@@ -1,0 +1,281 @@
+"""TransferQueue: the only threads of the package, and the bound on bytes in flight.
+
+It knows time, not tensors: a transfer is a piece of blocking work with a size.
+Stores and loads have threads of their own, so that neither starves the other.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ssdtrain_plugin.errors import QueueClosedError
+from ssdtrain_plugin.streams import DeviceEvent
+
+__all__ = ["Direction", "Transfer", "TransferQueue", "TransferState"]
+
+_JOIN_SECONDS = 5.0
+
+
+class Direction(enum.Enum):
+    """Which way the bytes go."""
+
+    STORE = "store"
+    LOAD = "load"
+
+
+class TransferState(enum.Enum):
+    """Where a transfer stands. ``DONE`` is set after its ``finish`` has run."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+class Transfer:
+    """One copy between device memory and a tier.
+
+    Args:
+        nbytes: Its size, for the budget.
+        work: Blocking; runs in a worker. What it returns becomes ``event``, what
+            it raises becomes ``error``. It is dropped as soon as it has run, with
+            all it holds.
+        finish: Called in the worker after ``work`` and before ``DONE``, with no
+            lock held; not called when the transfer is cancelled.
+
+    Attributes:
+        state: Written under the queue's lock.
+        error: What ``work`` raised, or None.
+        event: To be waited for by the compute stream before the bytes are used.
+        seconds: How long ``work`` took.
+    """
+
+    __slots__ = ("_finish", "_work", "direction", "error", "event", "nbytes", "seconds", "state")
+
+    def __init__(
+        self,
+        direction: Direction,
+        nbytes: int,
+        work: Callable[[], DeviceEvent | None],
+        finish: Callable[[Transfer], None],
+    ) -> None:
+        """Describe the work; nothing runs yet."""
+        self.direction = direction
+        self.nbytes = nbytes
+        self._work: Callable[[], DeviceEvent | None] | None = work
+        self._finish: Callable[[Transfer], None] | None = finish
+        self.state = TransferState.QUEUED
+        self.error: BaseException | None = None
+        self.event: DeviceEvent | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Do the work and call ``finish``. For the queue's workers."""
+        started = time.perf_counter()
+        try:
+            if self._work is not None:
+                self.event = self._work()
+        except BaseException as error:  # noqa: BLE001 - a thread's top: kept, and raised where the bytes are needed
+            self.error = error.with_traceback(None)
+        self.seconds = time.perf_counter() - started
+        # The work holds the source. It must be gone before `finish` asks whether
+        # the bytes are still in memory.
+        self._work = None
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish(self)
+
+    def drop(self) -> None:
+        """Let go of what the work holds. For the queue, on cancel."""
+        self._work = None
+        self._finish = None
+
+
+class TransferQueue:
+    """Runs transfers on daemon threads, first come first served in each direction.
+
+    Args:
+        io_threads: Threads per direction, started at the first transfer.
+        max_inflight_bytes: Bound on stores queued or running. One store larger
+            than the bound is admitted when nothing else is in flight.
+    """
+
+    def __init__(self, *, io_threads: int, max_inflight_bytes: int) -> None:
+        """Prepare the queues; no thread runs yet."""
+        self._io_threads = io_threads
+        self._max_inflight_bytes = max_inflight_bytes
+        self._lock = threading.Lock()
+        self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
+        self._ready = {direction: threading.Condition(self._lock) for direction in Direction}
+        self._changed = threading.Condition(self._lock)
+        self._threads: dict[Direction, list[threading.Thread]] = {direction: [] for direction in Direction}
+        self._inflight_bytes = 0
+        self._num_unfinished = 0
+        self._is_closed = False
+
+    @property
+    def inflight_bytes(self) -> int:
+        """Bytes of stores queued or running."""
+        return self._inflight_bytes
+
+    def wait_for_room(self, nbytes: int) -> float:
+        """Wait until a store of ``nbytes`` fits into the budget.
+
+        Args:
+            nbytes: Size of the store.
+
+        Returns:
+            Seconds waited.
+
+        Threads:
+            Any, with no lock held: it is the workers that make room.
+        """
+        if self._has_room(nbytes):
+            return 0.0
+        started = time.perf_counter()
+        with self._lock:
+            self._changed.wait_for(lambda: self._is_closed or self._has_room(nbytes))
+        return time.perf_counter() - started
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self._inflight_bytes == 0 or self._inflight_bytes + nbytes <= self._max_inflight_bytes
+
+    def submit(self, transfer: Transfer, *, is_urgent: bool = False) -> None:
+        """Queue a transfer and return at once.
+
+        Args:
+            transfer: Not submitted before.
+            is_urgent: Go before all that is queued in this direction.
+
+        Raises:
+            QueueClosedError: The queue was closed.
+        """
+        direction = transfer.direction
+        with self._lock:
+            if self._is_closed:
+                raise QueueClosedError(
+                    f"cannot queue a {direction.value}: the transfer queue is closed",
+                    hint="attach the model again before the next forward",
+                )
+            if direction is Direction.STORE:
+                self._inflight_bytes += transfer.nbytes
+            self._num_unfinished += 1
+            queue = self._queues[direction]
+            if is_urgent:
+                queue.appendleft(transfer)
+            else:
+                queue.append(transfer)
+            self._start_thread_if_needed(direction, len(queue))
+            self._ready[direction].notify()
+
+    def _start_thread_if_needed(self, direction: Direction, num_queued: int) -> None:
+        threads = self._threads[direction]
+        if len(threads) < min(self._io_threads, num_queued):
+            name = f"ssdtrain-{direction.value}-{len(threads)}"
+            thread = threading.Thread(target=self._serve, args=(direction,), name=name, daemon=True)
+            threads.append(thread)
+            thread.start()
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """Take back a transfer that has not started.
+
+        Args:
+            transfer: Submitted before.
+
+        Returns:
+            True if it will not run; its ``finish`` is not called then.
+        """
+        with self._lock:
+            if transfer.state is not TransferState.QUEUED:
+                return False
+            transfer.state = TransferState.CANCELLED
+            transfer.drop()
+            self._settle(transfer)
+            return True
+
+    def _settle(self, transfer: Transfer) -> None:
+        if transfer.direction is Direction.STORE:
+            self._inflight_bytes -= transfer.nbytes
+        self._num_unfinished -= 1
+        self._changed.notify_all()
+
+    def wait(self, transfer: Transfer) -> float:
+        """Wait until a transfer is done.
+
+        Args:
+            transfer: Submitted before.
+
+        Returns:
+            Seconds waited.
+
+        Threads:
+            Any but the workers, with no lock held.
+        """
+        if transfer.state is TransferState.DONE:
+            return 0.0
+        started = time.perf_counter()
+        ended = (TransferState.DONE, TransferState.CANCELLED)
+        with self._lock:
+            self._changed.wait_for(lambda: transfer.state in ended)
+        return time.perf_counter() - started
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is queued or running."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._num_unfinished == 0)
+
+    def close(self) -> None:
+        """Cancel what is queued, wait for what runs, stop the threads.
+
+        A worker that hangs in the kernel is left behind after some seconds: it is
+        a daemon and ends with the process. Calling this twice does nothing.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                for queue in self._queues.values():
+                    self._cancel_all(queue)
+            for condition in (*self._ready.values(), self._changed):
+                condition.notify_all()
+            threads = [thread for group in self._threads.values() for thread in group]
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _cancel_all(self, queue: deque[Transfer]) -> None:
+        while queue:
+            transfer = queue.popleft()
+            if transfer.state is TransferState.QUEUED:
+                transfer.state = TransferState.CANCELLED
+                transfer.drop()
+                self._settle(transfer)
+
+    def _serve(self, direction: Direction) -> None:
+        while (transfer := self._next(direction)) is not None:
+            try:
+                transfer.run()
+            finally:
+                # Also when `finish` itself failed, a defect: then nobody must wait for ever.
+                with self._lock:
+                    transfer.state = TransferState.DONE
+                    self._settle(transfer)
+            # The loop variable would hold the last transfer while the thread waits.
+            del transfer
+
+    def _next(self, direction: Direction) -> Transfer | None:
+        queue, ready = self._queues[direction], self._ready[direction]
+        with self._lock:
+            while True:
+                while queue:
+                    transfer = queue.popleft()
+                    if transfer.state is TransferState.QUEUED:
+                        transfer.state = TransferState.RUNNING
+                        return transfer
+                if self._is_closed:
+                    return None
+                ready.wait()
