@@ -133,7 +133,9 @@ def _unusable(path: str, problem: str, directory: DirectoryReport | None) -> Dia
 def _remarks(directory: DirectoryReport) -> tuple[str, ...]:
     remarks = []
     if not directory.supports_direct:
-        remarks.append(f"O_DIRECT: {directory.direct_reason}; the figures are those of the page cache, and so of host memory")
+        remarks.append(
+            f"O_DIRECT: {directory.direct_reason}; the figures are those of the page cache, and so of host memory"
+        )
     if directory.file_system in _MEMORY_FILE_SYSTEMS:
         remarks.append(f"{directory.file_system} is host memory, not a drive; `host_bytes` uses it with less work")
     if directory.file_system in _NETWORK_FILE_SYSTEMS:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.stats import StepStats
@@ -57,18 +60,20 @@ class SavedTensorHooks:
             return
         self._end_step_if_idle()
         microbatch = self.cache.begin_forward()
-        token = _active.set(self)
+        _active.set(self)
         started = time.perf_counter()
+        is_whole = False
         try:
             with saved_tensors_hooks(self.cache.put, self.cache.get):
                 yield microbatch
+            is_whole = True
         finally:
-            _active.reset(token)
-            self.cache.end_forward(time.perf_counter() - started)
+            _active.set(None)
+            self.cache.end_forward(time.perf_counter() - started, is_whole=is_whole)
 
     def _end_step_if_idle(self) -> None:
         end_step = None if self.end_step is None else self.end_step()
-        if end_step is not None and self.cache.has_counted() and self.cache.is_idle():
+        if end_step is not None and self.cache.num_microbatches and self.cache.is_idle():
             end_step()
 
     @contextlib.contextmanager
@@ -102,33 +107,67 @@ class ModuleHooks:
     Args:
         module: Any module; its class and its forward are not changed.
         hooks: Entered around its forward.
+        owner: Kept alive as long as the module is hooked.
     """
 
-    def __init__(self, module: nn.Module, hooks: SavedTensorHooks) -> None:
+    def __init__(self, module: nn.Module, hooks: SavedTensorHooks, owner: object) -> None:
         """Register both hooks."""
-        self._hooks = hooks
-        self._open: list[contextlib.ExitStack] = []
+        self._hooks: SavedTensorHooks | None = hooks
+        self._owner: object = owner
+        self._open: list[tuple[FrameType, contextlib.ExitStack]] = []
         # First in, last out, so that other hooks' saves are covered as well; and
         # called when forward raises, so that no context is left open.
-        self._before = module.register_forward_pre_hook(self._enter, prepend=True)
-        self._after = module.register_forward_hook(self._leave, always_call=True)
+        self._handles: tuple[RemovableHandle, ...] = (
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    @classmethod
+    def _inert(cls) -> ModuleHooks:
+        hooks = cls.__new__(cls)
+        hooks._hooks, hooks._owner, hooks._open, hooks._handles = None, None, [], ()
+        return hooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHooks:
+        """Make a copy of the model, an average of its weights for example, one that is not attached."""
+        return self._inert()
+
+    def __reduce__(self) -> tuple[Callable[[], ModuleHooks], tuple[()]]:
+        """Make a pickled model one that is not attached."""
+        return ModuleHooks._inert, ()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._hooks is None:
+            return
+        self._close_stale()
         stack = contextlib.ExitStack()
         stack.enter_context(self._hooks.forward())
-        self._open.append(stack)
+        self._open.append((sys._getframe(1), stack))
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - user's type
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._open:
-            self._open.pop().close()
+            self._open.pop()[1].close()
+
+    def _close_stale(self) -> None:
+        """Leave contexts whose forward was interrupted: torch calls no hook on Ctrl-C."""
+        while self._open and not _is_running(self._open[-1][0]):
+            self._open.pop()[1].close()
 
     def remove(self) -> None:
         """Take both hooks off. Calling it twice does nothing."""
-        self._before.remove()
-        self._after.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._close_stale()
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - takes the place of torch's function
+def _is_running(frame: FrameType) -> bool:
+    current: FrameType | None = sys._getframe()
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is frame
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
     """Run a region as ``torch.utils.checkpoint.checkpoint`` would, or offload it instead.
 
     Inside the forward of an attached model with ``checkpointing: offload`` the

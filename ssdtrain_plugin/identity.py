@@ -73,7 +73,7 @@ class TensorView(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> TensorView:
         """Read the view of a strided tensor."""
-        return cls(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def apply(self, storage: torch.UntypedStorage, first_byte: int) -> Tensor:
         """Build the tensor again.
@@ -112,10 +112,7 @@ class Span(NamedTuple):
 
     def covers(self, other: Span) -> bool:
         """Tell whether all bytes of ``other`` are in this span."""
-        return (
-            self.first_byte <= other.first_byte
-            and other.first_byte + other.nbytes <= self.first_byte + self.nbytes
-        )
+        return self.first_byte <= other.first_byte and other.first_byte + other.nbytes <= self.first_byte + self.nbytes
 
 
 def span_of(tensor: Tensor, storage_bytes: int) -> Span:
@@ -132,7 +129,7 @@ def span_of(tensor: Tensor, storage_bytes: int) -> Span:
     """
     itemsize = tensor.dtype.itemsize
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * itemsize
+    start = int(tensor.storage_offset()) * itemsize
     end = start + (last + 1) * itemsize
     first = start - start % SPAN_ALIGNMENT_BYTES
     if end - first >= WHOLE_STORAGE_SHARE * storage_bytes:

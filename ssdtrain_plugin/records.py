@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain_plugin.errors import LoadError, SavedTensorMutatedError, StateError, StorageError
-from ssdtrain_plugin.identity import Span, StorageKey, TensorView
+from ssdtrain_plugin.identity import Span, StorageKey, TensorView, revive
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.transfer import Transfer
 
@@ -40,7 +40,7 @@ _LEGAL: dict[State, frozenset[State]] = {
     State.RESIDENT: frozenset({State.STORING, State.FREED}),
     State.STORING: frozenset({State.STORED, State.RESIDENT, State.FREED}),
     State.STORED: frozenset({State.LOADING, State.FREED}),
-    State.LOADING: frozenset({State.LOADED, State.FREED}),
+    State.LOADING: frozenset({State.LOADED, State.STORED, State.FREED}),
     State.LOADED: frozenset({State.STORED, State.FREED}),
     State.FREED: frozenset(),
 }
@@ -89,12 +89,14 @@ class Record:
         load: The last transfer that loads it, or None.
         is_forwarded: Handed back from memory although it was offloaded.
         is_ahead: Loaded or held for a backward that has not asked yet.
-        num_handles: How many were made.
-        num_unpacked: How many were unpacked in this pass over the graph.
+        num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
+        num_unpacked: How many of them were unpacked in this pass over the graph.
         pass_number: Grows when all handles have been unpacked.
+        dead_handles: The last pass of each handle that died since.
     """
 
     __slots__ = (
+        "dead_handles",
         "extent",
         "first_byte",
         "held_bytes",
@@ -145,6 +147,28 @@ class Record:
         self.num_handles = 0
         self.num_unpacked = 0
         self.pass_number = 0
+        self.dead_handles: list[int] = []
+
+    def all_unpacked(self, saved: SavedTensor) -> bool:
+        """Count an unpack; tell whether every handle alive has had the bytes in this pass.
+
+        A retained graph keeps its handles, so without this rule all that backward
+        has just brought back would stay in memory.
+
+        Args:
+            saved: The handle that is unpacked.
+        """
+        while self.dead_handles:
+            self.num_handles -= 1
+            self.num_unpacked -= self.dead_handles.pop() == self.pass_number
+        if saved.pass_number != self.pass_number:
+            saved.pass_number = self.pass_number
+            self.num_unpacked += 1
+        if self.num_unpacked < self.num_handles:
+            return False
+        self.pass_number += 1
+        self.num_unpacked = 0
+        return True
 
     def move(self, operation: str, to: State) -> None:
         """Change the state.
@@ -164,6 +188,50 @@ class Record:
                 hint="this is a defect of ssdtrain_plugin; please report it with the traceback",
             )
         self.state = to
+
+    def hold(self, storage: torch.UntypedStorage, first_byte: int, held_bytes: int) -> None:
+        """Hold bytes in memory.
+
+        Args:
+            storage: Has the bytes of the original storage from ``first_byte`` on.
+            first_byte: Where in the original storage it begins.
+            held_bytes: What it pins.
+        """
+        self.storage = storage
+        self.first_byte = first_byte
+        self.held_bytes = held_bytes
+
+    def let_go(self) -> int:
+        """Hold nothing any more; return the bytes that were pinned."""
+        held_bytes, self.held_bytes = self.held_bytes, 0
+        self.storage = None
+        return held_bytes
+
+    def place(self) -> tuple[Tier, Extent]:
+        """Get where the bytes are stored.
+
+        Raises:
+            StateError: Nowhere, although they should be.
+        """
+        if self.tier is None or self.extent is None:
+            raise StateError(f"cannot load: record {self.serial} has no extent ({self.state.value}, expected one)")
+        return self.tier, self.extent
+
+    def free_extent(self) -> None:
+        """Give the place on the tier back, if there is one."""
+        if self.tier is not None and self.extent is not None:
+            self.tier.free(self.extent)
+        self.extent = None
+
+    def find_original(self) -> torch.UntypedStorage | None:
+        """Get the saved storage while something else still holds it, unshrunk."""
+        storage = revive(self.original)
+        end = self.span.first_byte + self.span.nbytes
+        return storage if storage is not None and storage.nbytes() >= end else None
+
+    def find_loaded(self) -> torch.UntypedStorage | None:
+        """Get the bytes loaded last while an operator still holds them."""
+        return None if self.loaded is None else revive(self.loaded)
 
     def lives(self) -> Lease | None:
         """Get the lease while a handle is alive."""
@@ -230,6 +298,10 @@ class SavedTensor:
         self.microbatch = microbatch
         self.is_kept = is_kept
         self.pass_number = -1
+
+    def __del__(self) -> None:
+        """Leave a note for the next count; takes no lock, see the note of this module."""
+        self.lease.record.dead_handles.append(self.pass_number)
 
     def check_version(self) -> None:
         """Compare versions, as autograd itself would have done.

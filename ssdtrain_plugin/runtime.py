@@ -24,7 +24,7 @@ from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixTier
 from ssdtrain_plugin.storage.probe import directory_problem
-from ssdtrain_plugin.streams import Streams, create_streams
+from ssdtrain_plugin.streams import create_streams
 from ssdtrain_plugin.summary import after_warm_up, report
 from ssdtrain_plugin.transfer import TransferQueue
 
@@ -163,7 +163,7 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
         config = OffloadConfig.from_dict(options)
     except ConfigError as error:
         problems.extend(error.problems)
-    paths = options.get("paths", ()) if isinstance(options, Mapping) else ()
+    paths = options.get("paths", ())
     if isinstance(paths, str | os.PathLike):
         paths = (paths,)
     expanded: list[str] = []
@@ -273,8 +273,6 @@ def _target_allocator(device: torch.device, arena: HostArena) -> Callable[[int],
 
 def _device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cuda" and tensor.device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")
@@ -301,5 +299,5 @@ def attach(model: nn.Module, config: OffloadConfig) -> Offloader:
     offloader = build(config, device=_device_of(model), rank=rank)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))
-        offloader.on_detach(ModuleHooks(model, offloader.hooks).remove)
+        offloader.on_detach(ModuleHooks(model, offloader.hooks, offloader).remove)
     return offloader

@@ -157,10 +157,7 @@ class TransferQueue:
         direction = transfer.direction
         with self._lock:
             if self._is_closed:
-                raise QueueClosedError(
-                    f"cannot queue a {direction.value}: the transfer queue is closed",
-                    hint="attach the model again before the next forward",
-                )
+                raise _closed(transfer)
             if direction is Direction.STORE:
                 self._inflight_bytes += transfer.nbytes
             self._num_unfinished += 1
@@ -252,6 +249,7 @@ class TransferQueue:
             transfer = queue.popleft()
             if transfer.state is TransferState.QUEUED:
                 transfer.state = TransferState.CANCELLED
+                transfer.error = _closed(transfer)
                 transfer.drop()
                 self._settle(transfer)
 
@@ -279,3 +277,10 @@ class TransferQueue:
                 if self._is_closed:
                     return None
                 ready.wait()
+
+
+def _closed(transfer: Transfer) -> QueueClosedError:
+    return QueueClosedError(
+        f"cannot {transfer.direction.value} {transfer.nbytes} bytes: the transfer queue is closed",
+        hint="detach only after the last backward of a graph that was offloaded",
+    )

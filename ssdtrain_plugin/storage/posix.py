@@ -263,9 +263,23 @@ class PosixTier(Tier):
             return round_up(extent.nbytes, BLOCK_ALIGNMENT)
         return whole_bytes
 
-    def _staging(self, nbytes: int) -> Tensor:
-        """Give (nbytes rounded up,) bytes of host memory, aligned as the drive wants."""
+    @contextlib.contextmanager
+    def _staging(self, count: int, nbytes: int) -> Iterator[list[Tensor]]:
+        """Lend ``count`` blocks of (nbytes rounded up,) host memory, aligned as the drive wants.
+
+        The list is emptied at the end: the frames that an exception keeps alive would
+        keep the blocks too. So no local variable may name one.
+        """
         nbytes = round_up(nbytes, self._length_alignment)
+        blocks: list[Tensor] = []
+        try:
+            for _ in range(count):
+                blocks.append(self._staging_block(nbytes))
+            yield blocks
+        finally:
+            blocks.clear()
+
+    def _staging_block(self, nbytes: int) -> Tensor:
         if self._memory_alignment <= BLOCK_ALIGNMENT:
             return self._arena.tensor(nbytes)
         block = self._arena.tensor(nbytes + self._memory_alignment)
@@ -280,38 +294,48 @@ class PosixTier(Tier):
     def _write_staged(self, extent: Extent, source: Tensor, begin: int, ready: DeviceEvent) -> None:
         """Copy one chunk while the one before it is written."""
         chunks = self._chunks(extent, begin)
-        blocks = [self._staging(min(extent.nbytes - begin, _CHUNK_BYTES)) for _ in chunks[:2]]
-        # Queue a copy only into a block whose write has returned.
-        copied = [
-            self._streams.copy_to_host(block[: end - start], source[start:end], ready)
-            for block, (start, end) in zip(blocks, chunks, strict=False)
-        ]
-        for index, (start, end) in enumerate(chunks):
-            block = blocks[index % len(blocks)]
-            copied[index % len(blocks)].synchronize()
-            self._write_at(extent, block.data_ptr(), start, round_up(end - start, self._length_alignment))
-            if index + len(blocks) < len(chunks):
-                start, end = chunks[index + len(blocks)]
-                copied[index % len(blocks)] = self._streams.copy_to_host(block[: end - start], source[start:end], ready)
+        with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
+            copied: list[DeviceEvent] = []
+            try:
+                for index, (start, end) in enumerate(chunks):
+                    # This block's last write has returned: two writes ago.
+                    block = blocks[index % 2][: end - start]
+                    copied.append(self._streams.copy_to_host(block, source[start:end], ready))
+                    del block
+                    if index > 0:
+                        self._write_chunk(extent, chunks[index - 1], blocks[(index - 1) % 2], copied[index - 1])
+                self._write_chunk(extent, chunks[-1], blocks[(len(chunks) - 1) % 2], copied[-1])
+            finally:
+                # Staging may be given to another thread only after the copies into it.
+                for event in copied[-2:]:
+                    event.synchronize()
+
+    def _write_chunk(self, extent: Extent, chunk: tuple[int, int], block: Tensor, copied: DeviceEvent) -> None:
+        start, end = chunk
+        address = block.data_ptr()
+        del block  # see _staging
+        copied.synchronize()
+        self._write_at(extent, address, start, round_up(end - start, self._length_alignment))
 
     def _read_staged(self, extent: Extent, target: Tensor, begin: int, ready: DeviceEvent) -> DeviceEvent:
         """Read one chunk while the one before it is copied; return with all copies done."""
         chunks = self._chunks(extent, begin)
-        blocks = [self._staging(min(extent.nbytes - begin, _CHUNK_BYTES)) for _ in chunks[:2]]
-        copied = [DeviceEvent()] * len(blocks)
-        try:
-            for index, (start, end) in enumerate(chunks):
-                block = blocks[index % len(blocks)]
-                copied[index % len(blocks)].synchronize()
-                self._read_at(extent, block.data_ptr(), start, round_up(end - start, self._length_alignment))
-                copied[index % len(blocks)] = self._streams.copy_to_device(
-                    target[start:end], block[: end - start], ready
-                )
-        finally:
-            # Staging may be given to another thread only after the copies out of it.
-            for event in copied:
-                event.synchronize()
-        return copied[(len(chunks) - 1) % len(blocks)]
+        with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
+            copied: list[DeviceEvent] = []
+            try:
+                for index, (start, end) in enumerate(chunks):
+                    if index >= 2:
+                        copied[index - 2].synchronize()
+                    size = round_up(end - start, self._length_alignment)
+                    self._read_at(extent, blocks[index % 2].data_ptr(), start, size)
+                    block = blocks[index % 2][: end - start]
+                    copied.append(self._streams.copy_to_device(target[start:end], block, ready))
+                    del block
+            finally:
+                # Staging may be given to another thread only after the copies out of it.
+                for event in copied[-2:]:
+                    event.synchronize()
+            return copied[-1]
 
     def _write_at(self, extent: Extent, address: int, start: int, nbytes: int) -> None:
         """Write memory to ``extent`` from its byte ``start`` on, or raise."""

@@ -208,15 +208,12 @@ def _moves_block(fd: int, alignment: int) -> bool:
     memory = mmap.mmap(-1, 6 * alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # From a multiple of twice the alignment, odd multiples are aligned no better.
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % (2 * alignment)
-    with memory, memoryview(memory) as view:
-        with (
-            view[begin + alignment : begin + 2 * alignment] as source,
-            view[begin + 3 * alignment : begin + 4 * alignment] as target,
-        ):
-            source[:] = secrets.token_bytes(alignment)
-            if os.pwritev(fd, [source], alignment) != alignment:
-                return False
-            return os.preadv(fd, [target], alignment) == alignment and target == source
+    source = memoryview(memory)[begin + alignment : begin + 2 * alignment]
+    target = memoryview(memory)[begin + 3 * alignment : begin + 4 * alignment]
+    source[:] = secrets.token_bytes(alignment)
+    if os.pwritev(fd, [source], alignment) != alignment:
+        return False
+    return os.preadv(fd, [target], alignment) == alignment and target == source
 
 
 def _file_system(path: str) -> str:

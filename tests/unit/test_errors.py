@@ -2,6 +2,8 @@
 
 import errno
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,14 @@ def test_an_error_survives_the_way_from_another_process(error):
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
+
+
+def test_the_troubleshooting_page_quotes_messages_that_exist():
+    root = Path(errors.__file__).parent
+    # Neighbouring string literals are one message: take out what stands between them.
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py")))
+    page = (root.parent / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, flags=re.MULTILINE)
+    assert quoted
+    missing = [text for text in quoted if text not in source]
+    assert not missing, missing

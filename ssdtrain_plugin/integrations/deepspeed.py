@@ -1,0 +1,377 @@
+"""DeepSpeed: the ``"ssdtrain"`` block, the pipeline's instructions, and its checkpoint functions.
+
+``initialize`` has the signature and the result of ``deepspeed.initialize``. What
+it touches, all on instances and all undone by ``Offloader.detach``:
+
+* ``PipelineEngine._INSTRUCTION_MAP``: the forward instruction, which computes the
+  loss too, and the backward instruction (runtime/pipe/engine.py);
+* ``PipelineEngine._train_schedule``, to know which instruction comes next;
+* ``train_batch``, or ``step`` of a plain engine: a step ends with it;
+* ``PipelineModule.activation_checkpoint_func``.
+
+One thing is shared by the process: ``CheckpointFunction`` and
+``non_reentrant_checkpoint`` of DeepSpeed's checkpointing module. Both bypass outer
+saved-tensor hooks, so their place is taken; outside of our forward passes they do
+what they did (runtime/activation_checkpointing/checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import hjson
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.pipe import schedule as ds_schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger as ds_logger
+
+from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks, active_hooks, checkpoint
+from ssdtrain_plugin.runtime import Offloader, build, check
+
+__all__ = ["initialize", "offloader_of", "read_block"]
+
+logger = logging.getLogger(__name__)
+
+BLOCK = "ssdtrain"
+_ATTRIBUTE = "ssdtrain_offloader"
+_original_initialize = deepspeed.initialize
+
+Instruction = Callable[..., None]
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Build a DeepSpeed engine and, if its config has an enabled block, offload its activations.
+
+    Args:
+        *args: As for ``deepspeed.initialize``.
+        **kwargs: As for ``deepspeed.initialize``.
+
+    Returns:
+        What ``deepspeed.initialize`` returns.
+
+    Raises:
+        ConfigError: The block has faults; raised before the engine is built.
+    """
+    config = read_block(_config_argument(args, kwargs))
+    result: tuple[Any, ...] = _original_initialize(*args, **kwargs)
+    if config is not None and config.enabled:
+        _attach(result[0], config)
+    return result
+
+
+def offloader_of(engine: Any) -> Offloader | None:
+    """Get what :func:`initialize` attached to an engine.
+
+    Args:
+        engine: As returned by :func:`initialize`.
+    """
+    offloader: Offloader | None = getattr(engine, _ATTRIBUTE, None)
+    return offloader
+
+
+# ---------------------------------------------------------------------- the config block
+
+
+def _config_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    given = inspect.signature(_original_initialize).bind_partial(*args, **kwargs).arguments
+    for name in ("config", "config_params"):
+        if given.get(name) is not None:
+            return given[name]
+    return getattr(given.get("args"), "deepspeed_config", None)
+
+
+def _parse(config: object) -> tuple[Mapping[str, Any], str]:
+    """Read a DeepSpeed config as DeepSpeed does: a mapping, a file, or base64 text."""
+    if isinstance(config, Mapping):
+        return config, "the DeepSpeed config"
+    if not isinstance(config, str | os.PathLike):
+        return {}, ""
+    path = Path(config)
+    if path.is_file():
+        parsed, source = hjson.loads(path.read_text(encoding="utf-8")), f"`{path}`"
+    else:
+        try:
+            parsed, source = json.loads(base64.urlsafe_b64decode(str(config))), "the DeepSpeed config"
+        except (binascii.Error, ValueError):
+            return {}, ""  # not ours to judge: DeepSpeed says what is wrong with it
+    return (parsed, source) if isinstance(parsed, Mapping) else ({}, "")
+
+
+def read_block(config: object) -> OffloadConfig | None:
+    """Read and check the ``"ssdtrain"`` block of a DeepSpeed config.
+
+    Args:
+        config: A mapping, a path, or base64 text, as DeepSpeed takes it.
+
+    Returns:
+        The options, or None if there is no block.
+
+    Raises:
+        ConfigError: Lists every fault of the block.
+    """
+    parsed, source = _parse(config)
+    if BLOCK not in parsed:
+        near = difflib.get_close_matches(BLOCK, [str(key) for key in parsed], n=1, cutoff=0.7)
+        if near:
+            logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', near[0], source, BLOCK)
+        return None
+    block = parsed[BLOCK]
+    source = f'the "{BLOCK}" block of {source}'
+    if not isinstance(block, Mapping):
+        raise ConfigError(source, [f"{block!r} (expected a mapping of option names to values)"])
+    return check({**_defaults(parsed), **block}, source=source, local_rank=_local_rank())
+
+
+def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """Take what the user already told DeepSpeed about the drive."""
+    defaults: dict[str, Any] = {}
+    zero = parsed.get("zero_optimization")
+    for section in ("offload_param", "offload_optimizer"):
+        offload = zero.get(section) if isinstance(zero, Mapping) else None
+        if isinstance(offload, Mapping) and offload.get("device") == "nvme" and offload.get("nvme_path"):
+            defaults.setdefault("paths", [str(offload["nvme_path"])])
+    aio = parsed.get("aio")
+    if isinstance(aio, Mapping):
+        threads = aio.get("intra_op_parallelism", aio.get("thread_count"))
+        if isinstance(threads, int) and threads > 1:
+            defaults["io_threads"] = threads
+    return defaults
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+# ---------------------------------------------------------------------- the engine
+
+
+def _attach(engine: Any, config: OffloadConfig) -> None:
+    _make_audible()
+    # One voice per stage: the other data-parallel ranks have the same to say.
+    is_speaker = engine.mpu.get_data_parallel_rank() == 0 if engine.mpu else engine.global_rank == 0
+    offloader = build(
+        config,
+        device=torch.device(engine.device),
+        rank=engine.global_rank,
+        announce=logger.info if is_speaker else logger.debug,
+        ends_steps_itself=False,
+    )
+    module = engine.module
+    offloader.cache.keep_resident((*module.parameters(), *module.buffers()))
+    if isinstance(engine, PipelineEngine):
+        _wrap_pipeline(engine, offloader)
+    else:
+        offloader.on_detach(ModuleHooks(module, offloader.hooks, offloader).remove)
+        _end_steps_with(engine, "step", offloader, ends=lambda: not _is_accumulating(engine))
+    _take_checkpointing(offloader, module)
+    setattr(engine, _ATTRIBUTE, offloader)
+    offloader.on_detach(lambda: engine.__dict__.pop(_ATTRIBUTE, None))
+
+
+def _make_audible() -> None:
+    """Lend our logger DeepSpeed's handlers, unless the user has configured logging.
+
+    The lines that say what was done are the answer to "did the block do anything?",
+    and a logger that nobody configured prints no INFO.
+    """
+    ours = logging.getLogger("ssdtrain_plugin")
+    if not ours.hasHandlers():
+        for handler in ds_logger.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+
+
+def _is_accumulating(engine: Any) -> bool:
+    # `step` has advanced the counter when we are asked.
+    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
+
+
+def _shadow(owner: object, name: str, value: object, offloader: Offloader) -> None:
+    """Set an instance attribute over the class's own, and take it off again on detach."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    offloader.on_detach(undo)
+
+
+def _end_steps_with(engine: Any, method: str, offloader: Offloader, *, ends: Callable[[], bool]) -> None:
+    inner = getattr(engine, method)
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        if ends():
+            offloader.end_step()
+        return result
+
+    _shadow(engine, method, outer, offloader)
+
+
+# ---------------------------------------------------------------------- the pipeline
+
+
+class _Lookahead:
+    """Which compute instruction comes next in the schedule that is running.
+
+    DeepSpeed knows the whole instruction list of a step ahead. ``buffer_id`` is a
+    ring index and not a micro-batch, and DualPipeV adds a ``phase``, so a
+    micro-batch in flight is known by both.
+    """
+
+    def __init__(self) -> None:
+        self._instructions: list[Any] = []
+        self._position = 0
+        self.microbatches: dict[tuple[Any, ...], int | None] = {}
+
+    def start(self, instructions: list[Any]) -> None:
+        """Begin a step.
+
+        Args:
+            instructions: Forward and backward passes in order.
+        """
+        self._instructions = instructions
+        self._position = 0
+        self.microbatches.clear()
+
+    def after(self) -> int | None:
+        """Move on by one instruction; return the micro-batch if the next is its backward."""
+        self._position += 1
+        if self._position < len(self._instructions):
+            instruction = self._instructions[self._position]
+            if isinstance(instruction, ds_schedule.BackwardPass):
+                return self.microbatches.get(_slot(instruction.kwargs))
+        return None
+
+
+def _slot(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return kwargs.get("phase"), kwargs.get("buffer_id")
+
+
+class _KnownSchedule:
+    """A pipe schedule whose instruction list was read before it runs."""
+
+    def __init__(self, schedule: Any) -> None:
+        self._schedule = schedule
+        self.steps = [list(commands) for commands in schedule]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.steps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
+
+
+def _wrap_pipeline(engine: Any, offloader: Offloader) -> None:
+    ahead = _Lookahead()
+    make_schedule = engine._train_schedule
+
+    def train_schedule() -> _KnownSchedule:
+        known = _KnownSchedule(make_schedule())
+        passes = (ds_schedule.ForwardPass, ds_schedule.BackwardPass)
+        ahead.start([command for step in known.steps for command in step if isinstance(command, passes)])
+        return known
+
+    instructions = dict(engine._INSTRUCTION_MAP)
+    for kind in list(instructions):
+        if issubclass(kind, ds_schedule.ForwardPass):
+            instructions[kind] = _forward_instruction(instructions[kind], offloader.hooks, ahead)
+        elif issubclass(kind, ds_schedule.BackwardPass):
+            instructions[kind] = _backward_instruction(instructions[kind], offloader.hooks, ahead)
+    _shadow(engine, "_train_schedule", train_schedule, offloader)
+    _shadow(engine, "_INSTRUCTION_MAP", instructions, offloader)
+    _end_steps_with(engine, "train_batch", offloader, ends=lambda: True)
+
+
+def _forward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
+    def forward_pass(engine: Any, **kwargs: Any) -> None:
+        with hooks.forward() as microbatch:
+            inner(engine, **kwargs)
+        if microbatch is not None:
+            ahead.microbatches[_slot(kwargs)] = microbatch
+            _expect(hooks, ahead)
+
+    return forward_pass
+
+
+def _backward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
+    def backward_pass(engine: Any, **kwargs: Any) -> None:
+        with hooks.backward(ahead.microbatches.get(_slot(kwargs))):
+            inner(engine, **kwargs)
+        _expect(hooks, ahead)
+
+    return backward_pass
+
+
+def _expect(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:
+    """Prefetch while the pipeline waits for its neighbours, if a backward is next."""
+    microbatch = ahead.after()
+    if microbatch is not None:
+        hooks.cache.expect_backward(microbatch)
+
+
+# ---------------------------------------------------------------------- checkpointing
+
+
+class _CheckpointFunction:
+    """Stands for DeepSpeed's ``CheckpointFunction`` inside its checkpoint function.
+
+    Args:
+        inner: DeepSpeed's own, used outside of our forward passes.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def apply(self, function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> Any:
+        """Run the region; fill ``all_outputs`` as DeepSpeed's function does."""
+        if active_hooks() is None:
+            return self._inner.apply(function, all_outputs, *args)
+        outputs = checkpoint(function, *args)
+        all_outputs += [outputs] if torch.is_tensor(outputs) else outputs
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _take_checkpointing(offloader: Offloader, module: torch.nn.Module) -> None:
+    """Put our checkpoint in the place of DeepSpeed's two functions.
+
+    The name ``checkpoint`` may have been imported anywhere; what it calls is looked
+    up in its module, so that is what is replaced.
+    """
+    inner_non_reentrant = ds_checkpointing.non_reentrant_checkpoint
+
+    def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+        if active_hooks() is None:
+            return inner_non_reentrant(function, *args)
+        return checkpoint(function, *args)
+
+    if isinstance(module, PipelineModule):
+        own = module.activation_checkpoint_func
+
+        def activation_checkpoint_func(function: Callable[..., Any], *args: Any) -> Any:
+            return own(function, *args) if active_hooks() is None else checkpoint(function, *args)
+
+        _shadow(module, "activation_checkpoint_func", activation_checkpoint_func, offloader)
+    _shadow(ds_checkpointing, "CheckpointFunction", _CheckpointFunction(ds_checkpointing.CheckpointFunction), offloader)
+    _shadow(ds_checkpointing, "non_reentrant_checkpoint", non_reentrant_checkpoint, offloader)

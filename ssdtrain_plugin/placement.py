@@ -1,0 +1,91 @@
+"""Puts the question to the policy: what is known of a storage, and which tiers can take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ssdtrain_plugin.failures import FailureLog
+from ssdtrain_plugin.policy.base import OffloadPolicy, PackRequest, Placement
+from ssdtrain_plugin.storage.base import Tier
+
+__all__ = ["Placer"]
+
+# torch aligns its own allocations to this. Foreign memory (numpy, files) may not
+# be, and a kernel's last bit may depend on it: such storages are kept.
+_TORCH_ALIGNMENT_BYTES = 64
+
+
+class Placer:
+    """Chooses a tier for each new storage.
+
+    Args:
+        policy: Decides.
+        tiers: At most one per placement.
+        min_tensor_bytes: Smaller ones are kept without asking.
+
+    Threads:
+        Not safe; its owner locks.
+
+    Attributes:
+        policy: As given.
+        failures: Of the tiers.
+    """
+
+    def __init__(self, policy: OffloadPolicy, tiers: Mapping[Placement, Tier], min_tensor_bytes: int) -> None:
+        """Start before the first micro-batch."""
+        self.policy = policy
+        self.failures = FailureLog(tier.name for tier in tiers.values())
+        self._tiers = dict(tiers)
+        self._min_tensor_bytes = min_tensor_bytes
+        self._seen_bytes = 0
+        self._microbatch_bytes: int | None = None
+
+    def begin_forward(self) -> None:
+        """Start to count the bytes of a micro-batch."""
+        self._seen_bytes = 0
+
+    def end_forward(self) -> None:
+        """Remember the size of the micro-batch for the next one."""
+        self._microbatch_bytes = self._seen_bytes
+
+    def choose(self, storage: torch.UntypedStorage, nbytes: int, step: int) -> Tier | None:
+        """Choose where a new storage goes.
+
+        Args:
+            storage: On the training device.
+            nbytes: Of its span that is saved.
+            step: Number of the present step.
+
+        Returns:
+            A tier, or None to keep it in device memory.
+        """
+        seen_bytes = self._seen_bytes
+        self._seen_bytes += nbytes
+        if nbytes < self._min_tensor_bytes or storage.data_ptr() % _TORCH_ALIGNMENT_BYTES:
+            return None
+        host, ssd = self._usable(Placement.HOST, step), self._usable(Placement.SSD, step)
+        placement = self.policy.decide(
+            PackRequest(
+                nbytes=nbytes,
+                seen_bytes=seen_bytes,
+                microbatch_bytes=self._microbatch_bytes,
+                host_free_bytes=0 if host is None else host.free_bytes,
+                has_ssd=ssd is not None,
+            )
+        )
+        return None if placement is Placement.KEEP else self._tiers[placement]
+
+    def pins_more_than_it_saves(self, nbytes: int, storage_bytes: int) -> bool:
+        """Tell whether keeping a small view would keep a large storage in memory.
+
+        Args:
+            nbytes: Of the span of the view.
+            storage_bytes: Of the whole storage.
+        """
+        return nbytes < min(storage_bytes, self._min_tensor_bytes) and storage_bytes >= self._min_tensor_bytes
+
+    def _usable(self, placement: Placement, step: int) -> Tier | None:
+        tier = self._tiers.get(placement)
+        return tier if tier is not None and self.failures.is_usable(tier.name, step) else None
