@@ -251,9 +251,9 @@ def find_faults(ranks: Sequence[RankFigures], *, steps: int, count_steps: int) -
         if figures.failures:
             causes = ", ".join(f"{cause}: {count}" for cause, count in figures.failures.items())
             faults.append(f"{name}: stores failed ({causes})")
-    losses = [float.fromhex(loss) for loss in ranks[0].plain_losses]
-    if len(losses) > 1 and not losses[-1] < losses[0]:
-        faults.append(f"the loss did not fall (first step {losses[0]:.4f}, last step {losses[-1]:.4f})")
+    curve = [float.fromhex(loss) for loss in ranks[0].plain_losses]
+    if len(curve) > 1 and not curve[-1] < curve[0]:
+        faults.append(f"the loss did not fall (first step {curve[0]:.4f}, last step {curve[-1]:.4f})")
     if not ranks[0].activation_ratio <= 0.5:
         faults.append(
             "stage 0: the peak of live activations is "
@@ -326,6 +326,8 @@ def notes(ranks: Sequence[RankFigures]) -> list[str]:
     lines = [
         f'* counted in a third run of {COUNT_STEPS} steps with "policy": "none" (the hooks count, nothing moves); '
         "a run without hooks cannot tell. Its losses are compared too.",
+        "On CPU all runs use huge pages for tensors (THP_MEM_ALLOC_ENABLE=1, which the plugin sets), so that step "
+        "times compare; they can raise the process memory of the run without the plugin.",
     ]
     for figures in ranks:
         if figures.loads_on_demand:

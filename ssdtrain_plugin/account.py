@@ -99,6 +99,8 @@ class ActivationAccount:
             is_thorough: Look at all of it, not only at the next few.
         """
         lingering = self._lingering
+        if not lingering:
+            return
         for _ in range(len(lingering) if is_thorough else min(len(lingering), _CHECKS_PER_CALL)):
             reference, nbytes = lingering.popleft()
             if reference.expired():

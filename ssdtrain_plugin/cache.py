@@ -287,7 +287,8 @@ class TensorCache:
         """
         if isinstance(saved, KeptTensor):
             return saved.get()
-        saved.check_version()
+        with self._lock:
+            saved.check_version()
         self._ledger.note_unpack()
         if saved.microbatch != self._backward_microbatch:
             # The first unpack of a backward that no schedule announced.

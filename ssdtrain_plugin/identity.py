@@ -26,6 +26,7 @@ __all__ = [
     "is_parameter",
     "is_plain",
     "revive",
+    "shares_version",
     "span_of",
     "version_probe",
 ]
@@ -127,6 +128,8 @@ def span_of(tensor: Tensor, storage_bytes: int) -> Span:
         Gathering the elements would change the strides, and with them perhaps the
         kernel and the last bit of the result, so holes are stored too.
     """
+    if tensor.nbytes >= WHOLE_STORAGE_SHARE * storage_bytes:
+        return Span(0, storage_bytes)
     itemsize = tensor.dtype.itemsize
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * itemsize
@@ -153,6 +156,25 @@ def version_probe(tensor: Tensor) -> Tensor:
     probe = tensor.detach()
     probe.data = _NO_BYTES if probe.device.type == "cpu" else probe.new_empty(0)
     return probe
+
+
+def shares_version(tensor: Tensor, probe: Tensor) -> bool:
+    """Tell whether two tensors have one version counter, not only equal versions.
+
+    Tensors of one storage may have a counter each: ``x.data`` has, and so have the
+    chunks that aten's recurrent cells cut and then change in place. Their numbers
+    say nothing about each other. So the counter is moved, looked at, and put back.
+
+    Args:
+        tensor: Being saved.
+        probe: From :func:`version_probe` of another save, at the same version.
+
+    Threads:
+        Under the lock that also guards the version checks of ``get``.
+    """
+    with torch.autograd._unsafe_preserve_version_counter(tensor):
+        torch.autograd.graph.increment_version(tensor)
+        return tensor._version == probe._version
 
 
 def revive(reference: StorageWeakRef) -> torch.UntypedStorage | None:

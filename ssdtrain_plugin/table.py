@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ssdtrain_plugin.identity import StorageKey, StorageRegistry, span_of, version_probe
+from ssdtrain_plugin.identity import StorageKey, StorageRegistry, shares_version, span_of, version_probe
 from ssdtrain_plugin.records import Lease, Record
 
 __all__ = ["RecordTable"]
@@ -54,11 +54,11 @@ class RecordTable:
         key = self._registry.find(storage)
         for record in () if key is None else self._by_key[key]:
             lease = record.lives()
-            # The last comparison sees a change made through another alias since.
             if lease is None or record.version != version or record.probe._version != version:
                 continue
             storage_bytes = storage.nbytes()
-            if record.span.nbytes == storage_bytes or record.span.covers(span_of(tensor, storage_bytes)):
+            is_inside = record.span.nbytes == storage_bytes or record.span.covers(span_of(tensor, storage_bytes))
+            if is_inside and shares_version(tensor, record.probe):
                 return lease
         return None
 

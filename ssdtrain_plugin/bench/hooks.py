@@ -1,0 +1,147 @@
+"""``ssdtrain bench hooks``: what the hooks cost, without any I/O.
+
+A chain of tiny operators that save one tensor each is run forward and backward.
+All variants take turns in one run, and medians are compared, because machines are
+shared and noisy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ssdtrain_plugin.cache import TensorCache
+from ssdtrain_plugin.hooks import SavedTensorHooks
+from ssdtrain_plugin.policy.base import Placement
+from ssdtrain_plugin.policy.fixed import FractionPolicy
+from ssdtrain_plugin.storage.base import Extent, Tier
+from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
+from ssdtrain_plugin.transfer import TransferQueue
+
+__all__ = ["HookCost", "measure"]
+
+
+@dataclass(frozen=True, slots=True)
+class HookCost:
+    """One variant.
+
+    Attributes:
+        name: What was done with each saved tensor.
+        median_microseconds: Of forward plus backward, per saved tensor.
+        over_identity_microseconds: The same, less the variant ``identity hooks``.
+        rounds: How many times it was measured.
+    """
+
+    name: str
+    median_microseconds: float
+    over_identity_microseconds: float
+    rounds: int
+
+
+class _NoBytesTier(Tier):
+    """Takes every store and moves nothing; the chain itself keeps the tensors alive."""
+
+    name = "ssd"
+
+    def __init__(self) -> None:
+        self._offsets = itertools.count(step=4096)
+
+    def allocate(self, nbytes: int) -> Extent:
+        return Extent(next(self._offsets), nbytes, nbytes)
+
+    def write(self, extent: Extent, source: Tensor, ready: DeviceEvent) -> None:
+        return None
+
+    def read(self, extent: Extent, target: Tensor, ready: DeviceEvent) -> DeviceEvent:
+        return ready
+
+    def free(self, extent: Extent) -> None:
+        return None
+
+    @property
+    def used_bytes(self) -> int:
+        return 0
+
+    @property
+    def free_bytes(self) -> int:
+        return 1 << 60
+
+    def describe(self) -> str:
+        return "nothing is moved"
+
+    def close(self) -> None:
+        return None
+
+
+def measure(*, num_tensors: int = 1000, rounds: int = 21, on_round: Callable[[], None] | None = None) -> list[HookCost]:
+    """Measure every variant.
+
+    Args:
+        num_tensors: Saved tensors per pass.
+        rounds: Passes of each variant, interleaved.
+        on_round: Called after each round, for a progress display.
+
+    Returns:
+        One entry a variant; the first is the run without hooks.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(_cache(0.0, num_tensors))
+        moved = stack.enter_context(_cache(1.0, num_tensors))
+        variants: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+            "no hooks": contextlib.nullcontext,
+            "identity hooks": lambda: saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+            "kept": SavedTensorHooks(kept, checkpointing="offload").forward,
+            "offloaded, no I/O": SavedTensorHooks(moved, checkpointing="offload").forward,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for round_number in range(rounds + 1):
+            for name, context in variants.items():
+                elapsed = _run(context, num_tensors)
+                if round_number:  # the first round warms caches and starts threads
+                    seconds[name].append(elapsed)
+            for cache in (kept, moved):
+                cache.end_step(rank=0)
+            if on_round is not None:
+                on_round()
+    medians = {name: 1e6 * statistics.median(times) / num_tensors for name, times in seconds.items()}
+    return [HookCost(name, median, median - medians["identity hooks"], rounds) for name, median in medians.items()]
+
+
+@contextlib.contextmanager
+def _cache(fraction: float, num_tensors: int) -> Iterator[TensorCache]:
+    queue = TransferQueue(io_threads=1, max_inflight_bytes=1 << 40)
+    cache = TensorCache(
+        policy=FractionPolicy(fraction),
+        queue=queue,
+        streams=CpuStreams(),
+        device=torch.device("cpu"),
+        tiers={Placement.SSD: _NoBytesTier()},
+        allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
+        min_tensor_bytes=1,
+        prefetch_bytes=1 << 40,
+    )
+    try:
+        yield cache
+    finally:
+        queue.close()
+
+
+def _run(context: Callable[[], contextlib.AbstractContextManager[object]], num_tensors: int) -> float:
+    """Time one forward and backward of a chain that saves ``num_tensors`` tensors."""
+    leaf = torch.ones(16, requires_grad=True)
+    chain = [leaf]
+    started = time.perf_counter()
+    with context():
+        for _ in range(num_tensors):
+            chain.append(chain[-1].sin())
+    loss = chain[-1].sum()
+    loss.backward()
+    return time.perf_counter() - started
