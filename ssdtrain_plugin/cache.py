@@ -9,6 +9,7 @@ then queue or tier.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from ssdtrain_plugin.errors import CapacityError, QueueClosedError
-from ssdtrain_plugin.identity import TensorView, is_parameter, is_plain, version_probe
+from ssdtrain_plugin.errors import CapacityError
+from ssdtrain_plugin.identity import ResidentStorages, TensorView, is_parameter, is_plain, version_probe
 from ssdtrain_plugin.ledger import Ledger
 from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.records import KeptTensor, Lease, Record, SavedTensor, State
-from ssdtrain_plugin.schedule import ReloadSchedule
+from ssdtrain_plugin.reload import Reloader
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.streams import Streams
@@ -63,14 +64,20 @@ class TensorCache:
         self._queue = queue
         self._streams = streams
         self._device = device
-        self._allocate_target = allocate_target
-        self._prefetch_bytes = prefetch_bytes
         self._lock = threading.Lock()
         self._placer = Placer(policy, tiers, min_tensor_bytes)
+        self._resident = ResidentStorages()
         self._table = RecordTable()
-        self._schedule = ReloadSchedule()
         self._ledger = Ledger()
-        self._ahead_bytes = 0
+        self._reloader = Reloader(
+            lock=self._lock,
+            queue=queue,
+            streams=streams,
+            table=self._table,
+            ledger=self._ledger,
+            allocate_target=allocate_target,
+            prefetch_bytes=prefetch_bytes,
+        )
         self._microbatch = -1
         self._backward_microbatch = -1
 
@@ -81,7 +88,7 @@ class TensorCache:
             tensors: Held weakly.
         """
         with self._lock:
-            self._table.keep_resident(tensors)
+            self._resident.add(tensors)
 
     def begin_forward(self) -> int:
         """Open the log of the next micro-batch; return its number."""
@@ -110,9 +117,7 @@ class TensorCache:
             microbatch: As returned by :meth:`begin_forward`.
         """
         with self._lock:
-            self._drain()
-            self._backward_microbatch = microbatch
-            self._prefetch(microbatch)
+            self._begin_backward(microbatch)
 
     def end_backward(self, seconds: float) -> None:
         """Take the host's own time of a backward instead of first to last unpack.
@@ -174,9 +179,8 @@ class TensorCache:
         if not is_plain(tensor) or tensor.device != self._device or tensor.numel() == 0:
             return KeptTensor(tensor.detach(), version)
         storage = tensor.untyped_storage()
-        if self._table.is_resident(storage):
+        if storage in self._resident:
             return KeptTensor(tensor.detach(), version)
-        view = TensorView.of(tensor)
         with self._lock:
             self._drain()
             lease = self._share(storage, tensor, version)
@@ -184,10 +188,15 @@ class TensorCache:
             if lease is None:
                 lease = self._admit(storage, tensor, version)
             record = lease.record
-            is_kept = record.tier is None and record.storage is None
-            probe = tensor.detach() if is_kept else record.probe if is_new else version_probe(tensor)
-            saved = SavedTensor(lease, view, probe, version, self._microbatch, is_kept)
-            record.num_handles += 1
+            if record.tier is None and record.storage is None:
+                alias = tensor.detach()
+                if is_new:
+                    record.alias = weakref.ref(alias)
+                return KeptTensor(alias, version, lease, self._microbatch)
+            probe = version_probe(tensor)
+            if is_new:
+                record.probe = probe
+            saved = SavedTensor(lease, TensorView.of(tensor), probe, version, self._microbatch)
         if is_new and record.tier is not None:
             self._submit_store(record, record.tier, storage)
         return saved
@@ -198,7 +207,7 @@ class TensorCache:
         if lease is not None:
             self._ledger.counter.deduplicated_bytes += tensor.nbytes
             if lease.record.extent is not None:
-                self._schedule.record(self._microbatch, lease.record.serial, lease.record.span.nbytes)
+                self._reloader.schedule.record(self._microbatch, lease.record.serial, lease.record.span.nbytes)
         return lease
 
     def _admit(self, storage: torch.UntypedStorage, tensor: Tensor, version: int) -> Lease:
@@ -211,6 +220,8 @@ class TensorCache:
         record.held_bytes = record.would_be_bytes
         if record.tier is not None:
             record.storage = storage
+            record.original = StorageWeakRef(storage)
+            record.dead_handles = []
         else:
             self._ledger.counter.kept_bytes += span.nbytes
             if self._placer.pins_more_than_it_saves(span.nbytes, storage_bytes):
@@ -238,7 +249,7 @@ class TensorCache:
             record.move("store", State.STORING)
             record.extent = extent
             record.store = transfer
-            self._schedule.record(self._microbatch, record.serial, nbytes)
+            self._reloader.schedule.record(self._microbatch, record.serial, nbytes)
             self._queue.submit(transfer)
 
     def _on_stored(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
@@ -252,18 +263,12 @@ class TensorCache:
             if record.state is State.FREED:
                 tier.free(extent)
             elif transfer.error is not None or record.is_forwarded:
-                self._stay_resident(record)
+                self._reloader.stay_resident(record)
             else:
                 record.move("finish the store", State.STORED)
-                self._ledger.account.release(record.original, record.let_go())
+                if record.original is not None:
+                    self._ledger.account.release(record.original, record.let_go())
         self._placer.failures.say()
-
-    def _stay_resident(self, record: Record) -> None:
-        """Give up the place on the tier: the bytes are in memory and stay there."""
-        record.move("keep in memory", State.RESIDENT)
-        record.store = None
-        record.free_extent()
-        self._schedule.forget(record.serial)
 
     def _store_failed(self, record: Record, tier: Tier, error: BaseException) -> None:
         self._ledger.counter.kept_bytes += record.span.nbytes
@@ -285,165 +290,57 @@ class TensorCache:
         Threads:
             Any that computes. Waits for a load if the bytes are not in memory yet.
         """
-        if isinstance(saved, KeptTensor):
-            return saved.get()
         with self._lock:
+            self._ledger.note_unpack()
+            if saved.microbatch not in (self._backward_microbatch, -1):
+                # The first unpack of a backward that no schedule announced.
+                self._begin_backward(saved.microbatch)
+            if isinstance(saved, KeptTensor):
+                return saved.get()
             saved.check_version()
-        self._ledger.note_unpack()
-        if saved.microbatch != self._backward_microbatch:
-            # The first unpack of a backward that no schedule announced.
-            self.expect_backward(saved.microbatch)
-        if saved.is_kept:
-            return saved.probe
         record = saved.lease.record
         waited = 0.0
         while True:
             with self._lock:
                 self._drain()
-                storage = self._in_memory(record)
+                storage = self._reloader.find(record)
                 if storage is not None:
                     self._ledger.counter.stall_seconds += waited
-                    tensor = self._hand_out(saved, record, storage)
-                    self._prefetch(saved.microbatch)
+                    tensor = self._reloader.hand_out(saved, storage)
+                    self._reloader.prefetch(saved.microbatch)
                     return tensor
-                transfer = self._awaited_load(record, saved.microbatch)
+                transfer = self._reloader.demand(record, saved.microbatch)
             waited += self._queue.wait(transfer)
             if transfer.error is not None:
                 raise saved.lost(transfer.error) from transfer.error
 
-    def _in_memory(self, record: Record) -> torch.UntypedStorage | None:
-        """Find the bytes in memory; forward them if they were on their way out."""
-        state = record.state
-        if state is State.STORING:
-            self._forward(record)
-            return record.storage
-        if state is State.STORED:
-            # Something else may still hold the storage: the running operator, the
-            # pipeline's buffers, the user. Then no read is needed.
-            storage = record.find_original()
-            if storage is not None:
-                self._count_forwarded(record)
-                record.first_byte = 0
-                return storage
-            record.first_byte = record.span.first_byte
-            return record.find_loaded()
-        if state is State.LOADING:
-            return None
-        return record.storage
-
-    def _forward(self, record: Record) -> None:
-        """Keep bytes whose store has not ended: cancel it, or let it run for nothing."""
-        self._count_forwarded(record)
-        if record.store is not None and self._queue.cancel(record.store):
-            self._stay_resident(record)
-
-    def _count_forwarded(self, record: Record) -> None:
-        if not record.is_forwarded:
-            record.is_forwarded = True
-            self._ledger.counter.forwarded_bytes += record.span.nbytes
-
-    def _hand_out(self, saved: SavedTensor, record: Record, storage: torch.UntypedStorage) -> Tensor:
-        """Build the tensor, and let go of loaded bytes once all handles have had them."""
-        if record.load is not None and record.load.event is not None:
-            record.load.event.wait()
-        tensor = saved.view.apply(storage, record.first_byte)
-        self._arrive(record)
-        if record.all_unpacked(saved) and record.state is State.LOADED:
-            record.move("let go of loaded bytes", State.STORED)
-            record.loaded = StorageWeakRef(storage)
-            self._ledger.account.release(record.loaded, record.let_go())
-        return tensor
-
-    def _awaited_load(self, record: Record, microbatch: int) -> Transfer:
-        if record.state is State.LOADING and record.load is not None:
-            return record.load
-        self._ledger.counter.num_loads_on_demand += 1
-        self._schedule.demand(microbatch, record.serial)
-        return self._start_load(record, is_urgent=True)
-
-    def _start_load(self, record: Record, *, is_urgent: bool) -> Transfer:
-        tier, extent = record.place()
-        record.move("load", State.LOADING)
-        target = self._allocate_target(extent.nbytes)
-        record.hold(target.untyped_storage(), record.span.first_byte, extent.nbytes)
-        self._ledger.account.hold(extent.nbytes)
-        work = partial(tier.read, extent, target, self._streams.record())
-        transfer = Transfer(Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record, tier, extent))
-        record.load = transfer
-        try:
-            self._queue.submit(transfer, is_urgent=is_urgent)
-        except QueueClosedError:
-            self._load_failed(record)
-            raise
-        return transfer
-
-    def _on_loaded(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
-        """Take note in a worker that a load ended."""
-        with self._lock:
-            self._ledger.count_load(transfer)
-            if record.state is State.FREED:
-                tier.free(extent)
-            elif transfer.error is None:
-                record.move("finish the load", State.LOADED)
-            else:
-                self._load_failed(record)
-
-    def _load_failed(self, record: Record) -> None:
-        """Go back to stored; whoever waits raises the error of the transfer."""
-        record.move("give up the load", State.STORED)
-        self._ledger.account.drop(record.let_go())
-
-    def _prefetch(self, microbatch: int) -> None:
-        """Bring back what backward asks for next, within the budget."""
-        room_bytes = self._prefetch_bytes - self._ahead_bytes
-        for serial in self._schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
-            record = self._table[serial]
-            if record.lives() is None:
-                continue
-            if not record.is_ahead:
-                record.is_ahead = True
-                self._ahead_bytes += record.span.nbytes
-            if record.state is State.STORING:
-                self._forward(record)
-            elif record.state is State.STORED:
-                self._bring_ahead(record)
-
-    def _bring_ahead(self, record: Record) -> None:
-        storage = record.find_original()
-        if storage is None:
-            self._start_load(record, is_urgent=False)
-            return
-        # Still held by something else: hold it too, so that it cannot go before backward asks.
-        self._count_forwarded(record)
-        record.move("hold again", State.LOADING)
-        record.move("hold again", State.LOADED)
-        # It still counts as live since it was stored, so it is not counted again.
-        record.hold(storage, 0, 0)
-
-    def _arrive(self, record: Record) -> None:
-        """Stop counting a record as ahead of backward."""
-        if record.is_ahead:
-            record.is_ahead = False
-            self._ahead_bytes -= record.span.nbytes
+    def _begin_backward(self, microbatch: int) -> None:
+        self._drain()
+        self._backward_microbatch = microbatch
+        self._reloader.prefetch(microbatch)
 
     def _drain(self) -> None:
         """Free records whose last handle died, and take off the account what has really gone."""
-        while (record := self._table.pop_ended()) is not None:
-            self._free(record)
+        while self._table.ended:
+            self._free(self._table.pop_ended())
         self._ledger.account.settle()
 
     def _free(self, record: Record) -> None:
-        state = record.state
+        account, state = self._ledger.account, record.state
         record.move("free", State.FREED)
+        account.dismiss(record.would_be_bytes)
+        if record.original is None:
+            heir = self._table.find_heir(record)
+            if heir is None:
+                account.drop(record.held_bytes)
+            else:
+                heir.held_bytes += record.held_bytes
+            return
         pending = record.store if state is State.STORING else record.load if state is State.LOADING else None
         # A transfer that runs frees the extent when it ends.
         if pending is None or self._queue.cancel(pending):
             record.free_extent()
         record.storage = None
-        self._arrive(record)
-        if pending is None and not self._table.has_siblings(record):
-            self._ledger.account.drop(record.held_bytes)
-        else:
-            self._ledger.account.release(record.original, record.held_bytes)
-        self._ledger.account.dismiss(record.would_be_bytes)
-        self._schedule.forget(record.serial)
+        self._reloader.arrive(record)
+        account.release(record.original, record.held_bytes)
+        self._reloader.schedule.forget(record.serial)

@@ -133,6 +133,32 @@ def _rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     return rows
 
 
+@bench.command("hooks")
+def bench_hooks(
+    tensors: Annotated[int, typer.Option(min=1, help="Saved tensors per pass.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each variant, interleaved.")] = 41,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure pack plus unpack of one saved tensor, without I/O, beside hooks that do nothing."""
+    from ssdtrain_plugin.bench.hooks import measure  # torch
+
+    with Progress(
+        TextColumn("measuring hooks"), BarColumn(), console=Console(stderr=True), disable=as_json
+    ) as progress:
+        task = progress.add_task("hooks", total=rounds + 1)
+        costs = measure(num_tensors=tensors, rounds=rounds, on_round=lambda: progress.advance(task))
+    if as_json:
+        typer.echo(json.dumps([asdict(cost) for cost in costs], indent=2))
+        return
+    table = Table(title=f"microseconds per saved tensor, forward plus backward (median of {rounds} interleaved passes)")
+    table.add_column("variant")
+    table.add_column("in all", justify="right")
+    table.add_column("over identity hooks", justify="right")
+    for cost in costs:
+        table.add_row(cost.name, f"{cost.median_microseconds:.1f}", f"{cost.over_identity_microseconds:+.1f}")
+    Console(highlight=False).print(table)
+
+
 def main() -> None:
     """Run the command line; the entry point of ``ssdtrain``."""
     app(prog_name="ssdtrain")

@@ -1,27 +1,26 @@
 """What is this tensor: which storage, which bytes of it, and is it a parameter?
 
 Note [Identity]. Addresses and ``id()`` are reused and wall clocks collide, so a
-storage is known by a serial bound to a ``StorageWeakRef``: while the weak
-reference is held, the address of the storage object is given to no other one
+record has a serial and holds a ``StorageWeakRef``: while the weak reference is
+held, the address of the storage object is given to no other one
 (SSDTrain, section III-B, binds a timestamp instead; two halves of one SwiGLU
 storage then collide, because the offset is not part of the identity).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
-from typing import NamedTuple, NewType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 __all__ = [
+    "ResidentStorages",
     "Span",
-    "StorageKey",
-    "StorageRegistry",
     "TensorView",
     "is_parameter",
     "is_plain",
@@ -30,8 +29,6 @@ __all__ = [
     "span_of",
     "version_probe",
 ]
-
-StorageKey = NewType("StorageKey", int)
 
 # A load target starts on a multiple of this, so a span that starts on one keeps
 # the alignment that vectorised kernels saw; their sums may depend on it.
@@ -172,7 +169,7 @@ def shares_version(tensor: Tensor, probe: Tensor) -> bool:
     Threads:
         Under the lock that also guards the version checks of ``get``.
     """
-    with torch.autograd._unsafe_preserve_version_counter(tensor):
+    with _unsafe_preserve_version_counter(tensor):
         torch.autograd.graph.increment_version(tensor)
         return tensor._version == probe._version
 
@@ -213,8 +210,12 @@ def is_parameter(tensor: Tensor) -> bool:
     views to the ``AccumulateGrad`` of a Parameter. Storage pointers do not tell:
     under ZeRO-3 they come and go.
     """
-    base = tensor._base if tensor._base is not None else tensor
-    if isinstance(base, Parameter):
+    base = tensor._base
+    if base is None:
+        base = tensor
+    kind = type(base)
+    # Parameter's own isinstance runs Python code; most tensors are exactly Tensor.
+    if kind is Parameter or (kind is not Tensor and isinstance(base, Parameter)):
         return True
     node = base.grad_fn
     while node is not None and node.name() in _CASTS_AND_VIEWS:
@@ -223,21 +224,19 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(variable, Parameter) and node is not base.grad_fn
 
 
-class StorageRegistry:
-    """Gives each storage its serial, and knows those that never move.
+class ResidentStorages:
+    """Storages that live as long as the model and never move: parameters and buffers.
 
     Threads:
-        Not safe; its owner locks.
+        Not safe to change; safe to ask.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._serials = itertools.count()
-        self._known: dict[int, tuple[StorageWeakRef, StorageKey]] = {}
-        self._resident: dict[int, StorageWeakRef] = {}
+        self._references: dict[int, StorageWeakRef] = {}
 
-    def keep_resident(self, tensors: Iterable[Tensor]) -> None:
-        """Remember storages that live as long as the model: parameters and buffers.
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Remember the storages of some tensors.
 
         Args:
             tensors: Any device and dtype; held weakly.
@@ -245,50 +244,8 @@ class StorageRegistry:
         for tensor in tensors:
             if is_plain(tensor):
                 storage = tensor.untyped_storage()
-                self._resident[storage._cdata] = StorageWeakRef(storage)
+                self._references[storage._cdata] = StorageWeakRef(storage)
 
-    def is_resident(self, storage: torch.UntypedStorage) -> bool:
-        """Tell whether the storage was given to :meth:`keep_resident`."""
-        return storage._cdata in self._resident
-
-    def find(self, storage: torch.UntypedStorage) -> StorageKey | None:
-        """Look a storage up.
-
-        Args:
-            storage: Alive, so its address is its own.
-
-        Returns:
-            Its key, or None if it has none yet.
-        """
-        entry = self._known.get(storage._cdata)
-        return None if entry is None else entry[1]
-
-    def add(self, storage: torch.UntypedStorage) -> tuple[StorageKey, StorageWeakRef]:
-        """Give a new storage a key.
-
-        Args:
-            storage: Not known yet.
-
-        Returns:
-            The key, and the weak reference that makes it safe.
-        """
-        reference = StorageWeakRef(storage)
-        key = StorageKey(next(self._serials))
-        self._known[storage._cdata] = (reference, key)
-        return key, reference
-
-    def reference(self, storage: torch.UntypedStorage) -> StorageWeakRef:
-        """Get the weak reference of a known storage."""
-        return self._known[storage._cdata][0]
-
-    def forget(self, reference: StorageWeakRef) -> None:
-        """Drop a key that nothing uses any more.
-
-        Args:
-            reference: As given by :meth:`add`.
-        """
-        self._known.pop(reference.cdata, None)
-
-    def __len__(self) -> int:
-        """Count the storages known."""
-        return len(self._known)
+    def __contains__(self, storage: torch.UntypedStorage) -> bool:
+        """Tell whether a storage was added."""
+        return storage._cdata in self._references

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain_plugin.errors import LoadError, SavedTensorMutatedError, StateError, StorageError
-from ssdtrain_plugin.identity import Span, StorageKey, TensorView, revive
+from ssdtrain_plugin.identity import Span, TensorView, revive
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.transfer import Transfer
 
@@ -34,6 +34,9 @@ class State(enum.Enum):
     LOADING = "loading"
     LOADED = "loaded"
     FREED = "freed"
+
+    # Members are singletons, and Enum's own hash runs Python code on the hot path.
+    __hash__ = object.__hash__
 
 
 _LEGAL: dict[State, frozenset[State]] = {
@@ -75,11 +78,13 @@ class Record:
 
     Attributes:
         serial: Number of the record, never reused.
-        key: Of its storage.
         span: Which bytes of the storage.
         version: Of the saved tensors when their bytes were taken.
-        probe: Follows the version counter of the first save.
-        original: Weak reference of the storage that was saved.
+        address: Of its storage object: Note [Identity].
+        probe: Shares the version counter of the first save; only if it is offloaded.
+        alias: Of a kept tensor, held by its first handle: its version counter.
+        original: Weak reference of the storage that was saved; None if it is kept,
+            because then the graph itself holds it.
         held_bytes: Device bytes that the record pins now.
         would_be_bytes: Device bytes that it would pin without the plugin.
         storage: The bytes in memory, if the cache holds them.
@@ -95,59 +100,35 @@ class Record:
         dead_handles: The last pass of each handle that died since.
     """
 
-    __slots__ = (
-        "dead_handles",
-        "extent",
-        "first_byte",
-        "held_bytes",
-        "is_ahead",
-        "is_forwarded",
-        "key",
-        "lease",
-        "load",
-        "loaded",
-        "num_handles",
-        "num_unpacked",
-        "original",
-        "pass_number",
-        "probe",
-        "serial",
-        "span",
-        "state",
-        "storage",
-        "store",
-        "tier",
-        "version",
-        "would_be_bytes",
-    )
+    # Class attributes are the defaults: a record is made for every storage that
+    # autograd saves, and most of these are never set.
+    state = State.RESIDENT
+    probe: Tensor | None = None
+    alias: weakref.ref[Tensor] | None = None
+    original: StorageWeakRef | None = None
+    dead_handles: list[int] | None = None
+    storage: torch.UntypedStorage | None = None
+    first_byte = 0
+    held_bytes = 0
+    would_be_bytes = 0
+    loaded: StorageWeakRef | None = None
+    tier: Tier | None = None
+    extent: Extent | None = None
+    store: Transfer | None = None
+    load: Transfer | None = None
+    lease: weakref.ref[Lease] | None = None
+    is_forwarded = False
+    is_ahead = False
+    num_handles = 0
+    num_unpacked = 0
+    pass_number = 0
 
-    def __init__(
-        self, serial: int, key: StorageKey, span: Span, probe: Tensor, version: int, original: StorageWeakRef
-    ) -> None:
+    def __init__(self, serial: int, address: int, span: Span, version: int) -> None:
         """Start resident, with no bytes held yet."""
         self.serial = serial
-        self.key = key
+        self.address = address
         self.span = span
-        self.probe = probe
         self.version = version
-        self.original = original
-        self.state = State.RESIDENT
-        self.storage: torch.UntypedStorage | None = None
-        self.first_byte = 0
-        self.held_bytes = 0
-        self.would_be_bytes = 0
-        self.loaded: StorageWeakRef | None = None
-        self.tier: Tier | None = None
-        self.extent: Extent | None = None
-        self.store: Transfer | None = None
-        self.load: Transfer | None = None
-        self.lease: weakref.ref[Lease] | None = None
-        self.is_forwarded = False
-        self.is_ahead = False
-        self.num_handles = 0
-        self.num_unpacked = 0
-        self.pass_number = 0
-        self.dead_handles: list[int] = []
 
     def all_unpacked(self, saved: SavedTensor) -> bool:
         """Count an unpack; tell whether every handle alive has had the bytes in this pass.
@@ -225,9 +206,13 @@ class Record:
 
     def find_original(self) -> torch.UntypedStorage | None:
         """Get the saved storage while something else still holds it, unshrunk."""
-        storage = revive(self.original)
+        storage = None if self.original is None else revive(self.original)
         end = self.span.first_byte + self.span.nbytes
         return storage if storage is not None and storage.nbytes() >= end else None
+
+    def find_probe(self) -> Tensor | None:
+        """Get a tensor that shares the version counter of the first save, if one is left."""
+        return self.probe if self.alias is None else self.alias()
 
     def find_loaded(self) -> torch.UntypedStorage | None:
         """Get the bytes loaded last while an operator still holds them."""
@@ -247,19 +232,23 @@ def _mutated(tensor: Tensor, shape: torch.Size, dtype: torch.dtype, saved_versio
 
 
 class KeptTensor:
-    """Held by the graph for a tensor that is not the cache's business: a weight, a subclass.
+    """Held by the graph for a tensor that stays in device memory.
 
     Args:
         tensor: The weight itself, so that a swapped ``data`` is seen; else ``t.detach()``.
         version: Of the tensor when it was saved.
+        lease: Of its record; None if it is not the cache's business: a weight, a subclass.
+        microbatch: Whose forward saved it.
     """
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_tensor", "_version", "lease", "microbatch")
 
-    def __init__(self, tensor: Tensor, version: int) -> None:
-        """Keep both."""
+    def __init__(self, tensor: Tensor, version: int, lease: Lease | None = None, microbatch: int = -1) -> None:
+        """Keep all four."""
         self._tensor = tensor
         self._version = version
+        self.lease = lease
+        self.microbatch = microbatch
 
     def get(self) -> Tensor:
         """Give the tensor back.
@@ -273,35 +262,33 @@ class KeptTensor:
 
 
 class SavedTensor:
-    """Held by the graph for a tensor that the cache knows.
+    """Held by the graph for a tensor whose bytes may leave device memory.
 
     Args:
         lease: Keeps the record alive.
         view: How the tensor looks at its storage.
-        probe: Shares the tensor's version counter. For a kept tensor it is the
-            tensor's alias and holds the bytes; else it holds none.
+        probe: Shares the tensor's version counter and holds none of its bytes.
         version: Of the tensor when it was saved.
         microbatch: Whose forward saved it.
-        is_kept: Whether ``probe`` is the alias.
     """
 
-    __slots__ = ("is_kept", "lease", "microbatch", "pass_number", "probe", "version", "view")
+    __slots__ = ("lease", "microbatch", "pass_number", "probe", "version", "view")
 
-    def __init__(
-        self, lease: Lease, view: TensorView, probe: Tensor, version: int, microbatch: int, is_kept: bool
-    ) -> None:
+    def __init__(self, lease: Lease, view: TensorView, probe: Tensor, version: int, microbatch: int) -> None:
         """Bind the view to the record."""
         self.lease = lease
         self.view = view
         self.probe = probe
         self.version = version
         self.microbatch = microbatch
-        self.is_kept = is_kept
         self.pass_number = -1
+        lease.record.num_handles += 1
 
     def __del__(self) -> None:
         """Leave a note for the next count; takes no lock, see the note of this module."""
-        self.lease.record.dead_handles.append(self.pass_number)
+        dead_handles = self.lease.record.dead_handles
+        if dead_handles is not None:
+            dead_handles.append(self.pass_number)
 
     def check_version(self) -> None:
         """Compare versions, as autograd itself would have done.

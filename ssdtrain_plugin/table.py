@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ssdtrain_plugin.identity import StorageKey, StorageRegistry, shares_version, span_of, version_probe
+from ssdtrain_plugin.identity import shares_version, span_of
 from ssdtrain_plugin.records import Lease, Record
 
 __all__ = ["RecordTable"]
@@ -20,24 +19,20 @@ class RecordTable:
     """Finds the record of a tensor's bytes, and makes one where there is none.
 
     Threads:
-        Not safe; its owner locks. ``is_resident`` alone needs no lock.
+        Not safe; its owner locks.
+
+    Attributes:
+        ended: Records whose last handle died; appended to by finalizers in any thread.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._registry = StorageRegistry()
         self._serials = itertools.count()
         self._by_serial: dict[int, Record] = {}
-        self._by_key: dict[StorageKey, list[Record]] = {}
-        self._ended: deque[Record] = deque()
-
-    def keep_resident(self, tensors: Iterable[Tensor]) -> None:
-        """Remember storages that never move; see :meth:`StorageRegistry.keep_resident`."""
-        self._registry.keep_resident(tensors)
-
-    def is_resident(self, storage: torch.UntypedStorage) -> bool:
-        """Tell whether a storage never moves."""
-        return self._registry.is_resident(storage)
+        # By the address of the storage object, which is its own as long as a record
+        # holds a weak reference to it: Note [Identity].
+        self._by_storage: dict[int, list[Record]] = {}
+        self.ended: deque[Record] = deque()
 
     def find(self, storage: torch.UntypedStorage, tensor: Tensor, version: int) -> Lease | None:
         """Look for a live record that holds the bytes of a tensor.
@@ -51,14 +46,14 @@ class RecordTable:
         Returns:
             The lease of the record, or None.
         """
-        key = self._registry.find(storage)
-        for record in () if key is None else self._by_key[key]:
+        for record in self._by_storage.get(storage._cdata, ()):
             lease = record.lives()
-            if lease is None or record.version != version or record.probe._version != version:
+            probe = record.find_probe()
+            if lease is None or probe is None or record.version != version or probe._version != version:
                 continue
             storage_bytes = storage.nbytes()
             is_inside = record.span.nbytes == storage_bytes or record.span.covers(span_of(tensor, storage_bytes))
-            if is_inside and shares_version(tensor, record.probe):
+            if is_inside and shares_version(tensor, probe):
                 return lease
         return None
 
@@ -73,43 +68,38 @@ class RecordTable:
         Returns:
             The lease; when the last handle lets it go, :meth:`pop_ended` gives the record.
         """
-        key = self._registry.find(storage)
-        if key is None:
-            key, original = self._registry.add(storage)
-            siblings = self._by_key[key] = []
-        else:
-            original, siblings = self._registry.reference(storage), self._by_key[key]
         storage_bytes = storage.nbytes()
-        span = span_of(tensor, storage_bytes)
-        record = Record(next(self._serials), key, span, version_probe(tensor), version, original)
+        siblings = self._by_storage.setdefault(storage._cdata, [])
+        record = Record(next(self._serials), storage._cdata, span_of(tensor, storage_bytes), version)
         # Saved at two versions or in two spans, a storage is in memory only once.
-        record.would_be_bytes = 0 if siblings else storage_bytes
+        record.would_be_bytes = 0 if any(sibling.lives() for sibling in siblings) else storage_bytes
         siblings.append(record)
         self._by_serial[record.serial] = record
-        lease = Lease(record, self._ended)
+        lease = Lease(record, self.ended)
         record.lease = weakref.ref(lease)
         return lease
 
-    def pop_ended(self) -> Record | None:
-        """Take a record whose last handle died, and forget it."""
-        if not self._ended:
-            return None
-        record = self._ended.popleft()
+    def pop_ended(self) -> Record:
+        """Take a record whose last handle died, from :attr:`ended`, and forget it."""
+        record = self.ended.popleft()
         del self._by_serial[record.serial]
-        siblings = self._by_key[record.key]
+        address = record.address
+        siblings = self._by_storage[address]
         siblings.remove(record)
         if not siblings:
-            del self._by_key[record.key]
-            self._registry.forget(record.original)
+            del self._by_storage[address]
         return record
 
-    def has_siblings(self, record: Record) -> bool:
-        """Tell whether other records are of the same storage.
+    def find_heir(self, record: Record) -> Record | None:
+        """Find another record whose handles keep the same storage in memory.
 
         Args:
             record: Forgotten already.
         """
-        return record.key in self._by_key
+        for sibling in self._by_storage.get(record.address, ()):
+            if sibling.tier is None and sibling.storage is None:
+                return sibling
+        return None
 
     def __getitem__(self, serial: int) -> Record:
         """Get a record by its number."""

@@ -142,7 +142,10 @@ class FlakyTier(MemoryTier):
         rule = self._rules[name]
         error = rule(number) if rule is not None else None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or the traceback and this frame would hold each other, and the caller's locals
 
     def allocate(self, nbytes):
         self._maybe_fail("allocate")

@@ -20,6 +20,9 @@ class Placement(enum.Enum):
     HOST = "host"
     SSD = "ssd"
 
+    # Members are singletons, and Enum's own hash runs Python code on the hot path.
+    __hash__ = object.__hash__
+
 
 @dataclass(slots=True)
 class PackRequest:

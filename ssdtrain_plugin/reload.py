@@ -1,0 +1,218 @@
+"""The way back: find the bytes in memory, load them, and load ahead of backward.
+
+Part of :class:`ssdtrain_plugin.cache.TensorCache`, which calls it under its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ssdtrain_plugin.errors import CapacityError, QueueClosedError
+from ssdtrain_plugin.ledger import Ledger
+from ssdtrain_plugin.records import Record, SavedTensor, State
+from ssdtrain_plugin.schedule import ReloadSchedule
+from ssdtrain_plugin.storage.base import Extent, Tier
+from ssdtrain_plugin.streams import Streams
+from ssdtrain_plugin.table import RecordTable
+from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue
+
+__all__ = ["Reloader"]
+
+
+class Reloader:
+    """Brings stored bytes back.
+
+    Args:
+        lock: Of the cache; taken by the workers' call-back alone, held by all other callers.
+        queue: Runs the loads.
+        streams: Of the training device.
+        table: Of the cache.
+        ledger: Of the cache.
+        allocate_target: Gives (n,) uint8 memory on the training device for a load.
+        prefetch_bytes: Bound on bytes loaded or held for a backward that has not asked yet.
+
+    Attributes:
+        schedule: What was offloaded, in forward order.
+    """
+
+    def __init__(
+        self,
+        *,
+        lock: threading.Lock,
+        queue: TransferQueue,
+        streams: Streams,
+        table: RecordTable,
+        ledger: Ledger,
+        allocate_target: Callable[[int], Tensor],
+        prefetch_bytes: int,
+    ) -> None:
+        """Start with nothing to bring back."""
+        self.schedule = ReloadSchedule()
+        self._lock = lock
+        self._queue = queue
+        self._streams = streams
+        self._table = table
+        self._ledger = ledger
+        self._allocate_target = allocate_target
+        self._prefetch_bytes = prefetch_bytes
+        self._ahead_bytes = 0
+
+    def find(self, record: Record) -> torch.UntypedStorage | None:
+        """Find the bytes in memory; forward them if they were on their way out.
+
+        Args:
+            record: Offloaded, or kept as a copy of a span.
+
+        Returns:
+            A storage that begins at ``record.first_byte`` of the saved one, or None.
+        """
+        state = record.state
+        if state is State.STORING:
+            self._forward(record)
+            return record.storage
+        if state is State.STORED:
+            # Something else may still hold the storage: the running operator, the
+            # pipeline's buffers, the user. Then no read is needed.
+            storage = record.find_original()
+            if storage is not None:
+                self._count_forwarded(record)
+                record.first_byte = 0
+                return storage
+            record.first_byte = record.span.first_byte
+            return record.find_loaded()
+        return None if state is State.LOADING else record.storage
+
+    def hand_out(self, saved: SavedTensor, storage: torch.UntypedStorage) -> Tensor:
+        """Build the tensor, and let go of loaded bytes once all handles have had them.
+
+        Args:
+            saved: The handle that is unpacked.
+            storage: From :meth:`find`.
+        """
+        record = saved.lease.record
+        if record.load is not None and record.load.event is not None:
+            record.load.event.wait()
+        tensor = saved.view.apply(storage, record.first_byte)
+        self.arrive(record)
+        if record.all_unpacked(saved) and record.state is State.LOADED:
+            record.move("let go of loaded bytes", State.STORED)
+            record.loaded = StorageWeakRef(storage)
+            self._ledger.account.release(record.loaded, record.let_go())
+        return tensor
+
+    def demand(self, record: Record, microbatch: int) -> Transfer:
+        """Get the load to wait for; start it, before all others, if there is none.
+
+        Args:
+            record: Not in memory.
+            microbatch: Whose backward asks.
+        """
+        if record.state is State.LOADING and record.load is not None:
+            return record.load
+        self._ledger.counter.num_loads_on_demand += 1
+        self.schedule.demand(microbatch, record.serial)
+        return self._start_load(record, is_urgent=True)
+
+    def prefetch(self, microbatch: int) -> None:
+        """Bring back what backward asks for next, within the budget.
+
+        Args:
+            microbatch: Whose backward is next or running.
+        """
+        room_bytes = self._prefetch_bytes - self._ahead_bytes
+        for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
+            record = self._table[serial]
+            if record.lives() is None:
+                continue
+            if not record.is_ahead:
+                record.is_ahead = True
+                self._ahead_bytes += record.span.nbytes
+            if record.state is State.STORING:
+                self._forward(record)
+            elif record.state is State.STORED:
+                # No memory for a load ahead of time is no error: it is tried again on demand.
+                with contextlib.suppress(torch.OutOfMemoryError, CapacityError, MemoryError, OSError):
+                    self._bring_ahead(record)
+
+    def arrive(self, record: Record) -> None:
+        """Stop counting a record as ahead of backward.
+
+        Args:
+            record: Unpacked, or freed.
+        """
+        if record.is_ahead:
+            record.is_ahead = False
+            self._ahead_bytes -= record.span.nbytes
+
+    def stay_resident(self, record: Record) -> None:
+        """Give up the place on the tier: the bytes are in memory and stay there.
+
+        Args:
+            record: Storing.
+        """
+        record.move("keep in memory", State.RESIDENT)
+        record.store = None
+        record.free_extent()
+        self.schedule.forget(record.serial)
+
+    def _forward(self, record: Record) -> None:
+        """Keep bytes whose store has not ended: cancel it, or let it run for nothing."""
+        self._count_forwarded(record)
+        if record.store is not None and self._queue.cancel(record.store):
+            self.stay_resident(record)
+
+    def _count_forwarded(self, record: Record) -> None:
+        if not record.is_forwarded:
+            record.is_forwarded = True
+            self._ledger.counter.forwarded_bytes += record.span.nbytes
+
+    def _bring_ahead(self, record: Record) -> None:
+        storage = record.find_original()
+        if storage is None:
+            self._start_load(record, is_urgent=False)
+            return
+        # Still held by something else: hold it too, so that it cannot go before backward asks.
+        self._count_forwarded(record)
+        record.move("hold again", State.LOADING)
+        record.move("hold again", State.LOADED)
+        # It still counts as live since it was stored, so it is not counted again.
+        record.hold(storage, 0, 0)
+
+    def _start_load(self, record: Record, *, is_urgent: bool) -> Transfer:
+        tier, extent = record.place()
+        target = self._allocate_target(extent.nbytes)
+        record.move("load", State.LOADING)
+        record.hold(target.untyped_storage(), record.span.first_byte, extent.nbytes)
+        self._ledger.account.hold(extent.nbytes)
+        work = partial(tier.read, extent, target, self._streams.record())
+        transfer = Transfer(Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record, tier, extent))
+        record.load = transfer
+        try:
+            self._queue.submit(transfer, is_urgent=is_urgent)
+        except QueueClosedError:
+            self._give_up_load(record)
+            raise
+        return transfer
+
+    def _on_loaded(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
+        """Take note in a worker that a load ended."""
+        with self._lock:
+            self._ledger.count_load(transfer)
+            if record.state is State.FREED:
+                tier.free(extent)
+            elif transfer.error is None:
+                record.move("finish the load", State.LOADED)
+            else:
+                self._give_up_load(record)
+
+    def _give_up_load(self, record: Record) -> None:
+        """Go back to stored; whoever waits raises the error of the transfer."""
+        record.move("give up the load", State.STORED)
+        self._ledger.account.drop(record.let_go())

@@ -1,0 +1,47 @@
+"""Sentences about what was done."""
+
+import pytest
+
+from ssdtrain_plugin.stats import StepCounter
+from ssdtrain_plugin.summary import after_warm_up, report
+
+
+def step(plan="offload everything", **numbers):
+    return StepCounter(**numbers).freeze(step=1, rank=0, plan=plan)
+
+
+def test_what_moved_is_said_and_is_no_warning():
+    line, is_warning = after_warm_up(
+        step(stored_bytes=1 << 30, loaded_bytes=1 << 29, peak_activation_bytes=50, saved_bytes=100, microbatches=1)
+    )
+    assert not is_warning
+    assert "-50 %" in line
+    assert "1.0 GiB" in line or "1 GiB" in line
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ({}, "no forward"),
+        ({"microbatches": 1, "failures": {"ssd: EIO": 3}}, "3 x ssd: EIO"),
+        ({"microbatches": 1}, "nothing but weights"),
+        ({"microbatches": 1, "saved_bytes": 5, "forwarded_bytes": 5}, "before its store began"),
+        ({"microbatches": 1, "saved_bytes": 5, "kept_bytes": 5}, "min_tensor_bytes"),
+    ],
+)
+def test_nothing_moved_is_a_warning_with_the_reason(numbers, reason):
+    line, is_warning = after_warm_up(step(**numbers))
+    assert is_warning
+    assert reason in line
+
+
+def test_nothing_moved_is_no_warning_where_nothing_was_asked():
+    assert not after_warm_up(step(plan="keep everything and count it", microbatches=1, saved_bytes=5))[1]
+
+
+def test_the_report_adds_the_steps_up():
+    text = report([step(stored_bytes=1024, stall_seconds=s, microbatches=2) for s in (1.0, 2.0, 9.0)], 3, ["ssd: x"])
+    assert "rank 3, 3 steps, 6 micro-batches" in text
+    assert "ssd: x" in text
+    assert "3.0 KiB" in text or "3 KiB" in text
+    assert "no step" in report([], 0, [])
