@@ -196,7 +196,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         (type(tensor) is Tensor or type(tensor) is Parameter)
         and tensor.layout is torch.strided
-        and not tensor.is_conj()
+        and not (tensor.dtype.is_complex and tensor.is_conj())
         and not tensor.is_neg()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
@@ -218,10 +218,11 @@ def is_parameter(tensor: Tensor) -> bool:
     if kind is Parameter or (kind is not Tensor and isinstance(base, Parameter)):
         return True
     node = base.grad_fn
+    if node is None or node.name() not in _CASTS_AND_VIEWS:
+        return False
     while node is not None and node.name() in _CASTS_AND_VIEWS:
         node = node.next_functions[0][0]
-    variable = getattr(node, "variable", None)
-    return isinstance(variable, Parameter) and node is not base.grad_fn
+    return isinstance(getattr(node, "variable", None), Parameter)
 
 
 class ResidentStorages:

@@ -72,7 +72,8 @@ class RecordTable:
         siblings = self._by_storage.setdefault(storage._cdata, [])
         record = Record(next(self._serials), storage._cdata, span_of(tensor, storage_bytes), version)
         # Saved at two versions or in two spans, a storage is in memory only once.
-        record.would_be_bytes = 0 if any(sibling.lives() for sibling in siblings) else storage_bytes
+        is_known = bool(siblings) and any(sibling.lives() for sibling in siblings)
+        record.would_be_bytes = 0 if is_known else storage_bytes
         siblings.append(record)
         self._by_serial[record.serial] = record
         lease = Lease(record, self.ended)

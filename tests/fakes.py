@@ -228,3 +228,8 @@ class CacheRig:
     def settle(self):
         """Return when no transfer is queued or running."""
         self.queue.wait_idle()
+
+
+def ahead_bytes(cache):
+    """Bytes loaded or held for a backward that has not asked yet."""
+    return cache._reloader._ahead_bytes

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from fakes import ahead_bytes
 from training import SEED, assert_nothing_held, assert_same, gradients, settle
 from workloads import WORKLOADS
 
@@ -49,7 +50,7 @@ def run(workload, order, config, how, *, must_load):
     if offloader is not None:
         stats = offloader.end_step()
         assert stats.stored_bytes + stats.host_bytes + stats.forwarded_bytes > 0
-        assert offloader.cache._ahead_bytes == 0
+        assert ahead_bytes(offloader.cache) == 0
         assert_nothing_held(offloader)
         offloader.detach()
     return found
@@ -128,7 +129,7 @@ def test_what_micro_batches_share_is_stored_once(make_config):
     model = Masked()
     with ssdtrain.attach(model, make_config("ssd")) as offloader:
         assert_same(train(offloader, model), expected)
-        assert offloader.cache._ahead_bytes == 0
+        assert ahead_bytes(offloader.cache) == 0
         assert offloader.end_step().deduplicated_bytes >= 2 * mask.nbytes
         gc.collect()
         assert_nothing_held(offloader)

@@ -7,7 +7,7 @@ raise because a saved tensor was changed in place.
 from collections import Counter
 
 import torch
-from fakes import CacheRig, MemoryTier
+from fakes import CacheRig, MemoryTier, ahead_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
@@ -168,7 +168,7 @@ def test_random_graphs(program, passes, must_load, min_tensor_bytes, budget_byte
         rig.settle()
         assert rig.cache.is_idle()
         assert rig.tier.used_bytes == 0
-        assert rig.cache._ahead_bytes == 0
+        assert ahead_bytes(rig.cache) == 0
 
 
 def test_the_programs_are_not_vacuous():
