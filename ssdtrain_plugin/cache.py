@@ -226,6 +226,8 @@ class TensorCache:
             self._ledger.counter.kept_bytes += span.nbytes
             if self._placer.pins_more_than_it_saves(span.nbytes, storage_bytes):
                 record.hold(span.bytes_of(storage).clone().untyped_storage(), span.first_byte, span.nbytes)
+                record.is_copy = True
+                record.original = StorageWeakRef(storage)
         self._ledger.account.admit(record.would_be_bytes, record.held_bytes)
         return lease
 
@@ -293,8 +295,11 @@ class TensorCache:
         with self._lock:
             self._ledger.note_unpack()
             if saved.microbatch not in (self._backward_microbatch, -1):
-                # The first unpack of a backward that no schedule announced.
+                # The first unpack of a backward that no schedule announced: what it
+                # asks for is loaded on demand, the rest ahead.
                 self._begin_backward(saved.microbatch)
+                is_late = saved.lease is not None and saved.lease.record.state is State.LOADING
+                self._ledger.counter.num_loads_on_demand += is_late
             if isinstance(saved, KeptTensor):
                 return saved.get()
             saved.check_version()
@@ -329,8 +334,8 @@ class TensorCache:
         account, state = self._ledger.account, record.state
         record.move("free", State.FREED)
         account.dismiss(record.would_be_bytes)
-        if record.original is None:
-            heir = self._table.find_heir(record)
+        if record.tier is None:
+            heir = None if record.is_copy else self._table.find_heir(record)
             if heir is None:
                 account.drop(record.held_bytes)
             else:
@@ -342,5 +347,6 @@ class TensorCache:
             record.free_extent()
         record.storage = None
         self._reloader.arrive(record)
-        account.release(record.original, record.held_bytes)
+        if record.original is not None:
+            account.release(record.original, record.held_bytes)
         self._reloader.schedule.forget(record.serial)

@@ -83,8 +83,8 @@ class Record:
         address: Of its storage object: Note [Identity].
         probe: Shares the version counter of the first save; only if it is offloaded.
         alias: Of a kept tensor, held by its first handle: its version counter.
-        original: Weak reference of the storage that was saved; None if it is kept,
-            because then the graph itself holds it.
+        original: Weak reference of the storage that was saved; None if it is kept
+            as it is, because then the graph itself holds it.
         held_bytes: Device bytes that the record pins now.
         would_be_bytes: Device bytes that it would pin without the plugin.
         storage: The bytes in memory, if the cache holds them.
@@ -92,6 +92,7 @@ class Record:
         loaded: Weak reference of the bytes loaded last, or None.
         store: The transfer that stores it, or None.
         load: The last transfer that loads it, or None.
+        is_copy: ``storage`` is a copy of a small span of a large storage.
         is_forwarded: Handed back from memory although it was offloaded.
         is_ahead: Loaded or held for a backward that has not asked yet.
         num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
@@ -117,6 +118,7 @@ class Record:
     store: Transfer | None = None
     load: Transfer | None = None
     lease: weakref.ref[Lease] | None = None
+    is_copy = False
     is_forwarded = False
     is_ahead = False
     num_handles = 0

@@ -6,7 +6,6 @@ Part of :class:`ssdtrain_plugin.cache.TensorCache`, which calls it under its loc
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -45,7 +44,7 @@ class Reloader:
     def __init__(
         self,
         *,
-        lock: threading.Lock,
+        lock: contextlib.AbstractContextManager[object],
         queue: TransferQueue,
         streams: Streams,
         table: RecordTable,

@@ -7,21 +7,18 @@ it touches, all on instances and all undone by ``Offloader.detach``:
   loss too, and the backward instruction (runtime/pipe/engine.py);
 * ``PipelineEngine._train_schedule``, to know which instruction comes next;
 * ``train_batch``, or ``step`` of a plain engine: a step ends with it;
+* ``destroy``, which detaches;
 * ``PipelineModule.activation_checkpoint_func``.
 
-One thing is shared by the process: ``CheckpointFunction`` and
-``non_reentrant_checkpoint`` of DeepSpeed's checkpointing module. Both bypass outer
-saved-tensor hooks, so their place is taken; outside of our forward passes they do
-what they did (runtime/activation_checkpointing/checkpointing.py).
+One thing is shared by the process: DeepSpeed's two checkpoint functions, see
+:mod:`ssdtrain_plugin.integrations.deepspeed_checkpointing`.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -31,15 +28,14 @@ from typing import Any
 import deepspeed
 import hjson
 import torch
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger as ds_logger
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import ConfigError
-from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks, active_hooks, checkpoint
+from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
+from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_checkpointing
 from ssdtrain_plugin.runtime import Offloader, build, check
 
 __all__ = ["initialize", "offloader_of", "read_block"]
@@ -101,12 +97,13 @@ def _parse(config: object) -> tuple[Mapping[str, Any], str]:
     if not isinstance(config, str | os.PathLike):
         return {}, ""
     path = Path(config)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it takes base64 text of any length
         parsed, source = hjson.loads(path.read_text(encoding="utf-8")), f"`{path}`"
     else:
         try:
-            parsed, source = json.loads(base64.urlsafe_b64decode(str(config))), "the DeepSpeed config"
-        except (binascii.Error, ValueError):
+            text = base64.urlsafe_b64decode(str(config)).decode("utf-8")
+            parsed, source = hjson.loads(text), "the DeepSpeed config"
+        except ValueError:
             return {}, ""  # not ours to judge: DeepSpeed says what is wrong with it
     return (parsed, source) if isinstance(parsed, Mapping) else ({}, "")
 
@@ -125,9 +122,10 @@ def read_block(config: object) -> OffloadConfig | None:
     """
     parsed, source = _parse(config)
     if BLOCK not in parsed:
-        near = difflib.get_close_matches(BLOCK, [str(key) for key in parsed], n=1, cutoff=0.7)
+        lowered = {str(key).lower(): key for key in parsed}
+        near = difflib.get_close_matches(BLOCK, lowered, n=1, cutoff=0.7)
         if near:
-            logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', near[0], source, BLOCK)
+            logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', lowered[near[0]], source, BLOCK)
         return None
     block = parsed[BLOCK]
     source = f'the "{BLOCK}" block of {source}'
@@ -148,7 +146,7 @@ def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(aio, Mapping):
         threads = aio.get("intra_op_parallelism", aio.get("thread_count"))
         if isinstance(threads, int) and threads > 1:
-            defaults["io_threads"] = threads
+            defaults["io_threads"] = min(threads, 64)
     return defaults
 
 
@@ -176,8 +174,9 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
         _wrap_pipeline(engine, offloader)
     else:
         offloader.on_detach(ModuleHooks(module, offloader.hooks, offloader).remove)
-        _end_steps_with(engine, "step", offloader, ends=lambda: not _is_accumulating(engine))
-    _take_checkpointing(offloader, module)
+        _end_steps_with(engine, "step", offloader)
+    take_checkpointing(module, offloader)
+    _detach_with(engine, offloader)
     setattr(engine, _ATTRIBUTE, offloader)
     offloader.on_detach(lambda: engine.__dict__.pop(_ATTRIBUTE, None))
 
@@ -195,35 +194,29 @@ def _make_audible() -> None:
         ours.setLevel(logging.INFO)
 
 
-def _is_accumulating(engine: Any) -> bool:
-    # `step` has advanced the counter when we are asked.
-    return bool(engine.micro_steps % engine.gradient_accumulation_steps())
-
-
-def _shadow(owner: object, name: str, value: object, offloader: Offloader) -> None:
-    """Set an instance attribute over the class's own, and take it off again on detach."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-
-    def undo() -> None:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-    offloader.on_detach(undo)
-
-
-def _end_steps_with(engine: Any, method: str, offloader: Offloader, *, ends: Callable[[], bool]) -> None:
+def _end_steps_with(engine: Any, method: str, offloader: Offloader) -> None:
     inner = getattr(engine, method)
 
     def outer(*args: Any, **kwargs: Any) -> Any:
+        before = engine.global_steps
         result = inner(*args, **kwargs)
-        if ends():
+        # Whoever decides where the accumulation ends, the engine counts it here.
+        if engine.global_steps != before:
             offloader.end_step()
         return result
 
-    _shadow(engine, method, outer, offloader)
+    shadow(engine, method, outer, offloader)
+
+
+def _detach_with(engine: Any, offloader: Offloader) -> None:
+    """Let ``engine.destroy`` give back threads, disk and memory too."""
+    inner = engine.destroy
+
+    def destroy() -> None:
+        offloader.detach()
+        inner()
+
+    shadow(engine, "destroy", destroy, offloader)
 
 
 # ---------------------------------------------------------------------- the pipeline
@@ -296,9 +289,9 @@ def _wrap_pipeline(engine: Any, offloader: Offloader) -> None:
             instructions[kind] = _forward_instruction(instructions[kind], offloader.hooks, ahead)
         elif issubclass(kind, ds_schedule.BackwardPass):
             instructions[kind] = _backward_instruction(instructions[kind], offloader.hooks, ahead)
-    _shadow(engine, "_train_schedule", train_schedule, offloader)
-    _shadow(engine, "_INSTRUCTION_MAP", instructions, offloader)
-    _end_steps_with(engine, "train_batch", offloader, ends=lambda: True)
+    shadow(engine, "_train_schedule", train_schedule, offloader)
+    shadow(engine, "_INSTRUCTION_MAP", instructions, offloader)
+    _end_steps_with(engine, "train_batch", offloader)
 
 
 def _forward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
@@ -326,52 +319,3 @@ def _expect(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:
     microbatch = ahead.after()
     if microbatch is not None:
         hooks.cache.expect_backward(microbatch)
-
-
-# ---------------------------------------------------------------------- checkpointing
-
-
-class _CheckpointFunction:
-    """Stands for DeepSpeed's ``CheckpointFunction`` inside its checkpoint function.
-
-    Args:
-        inner: DeepSpeed's own, used outside of our forward passes.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def apply(self, function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> Any:
-        """Run the region; fill ``all_outputs`` as DeepSpeed's function does."""
-        if active_hooks() is None:
-            return self._inner.apply(function, all_outputs, *args)
-        outputs = checkpoint(function, *args)
-        all_outputs += [outputs] if torch.is_tensor(outputs) else outputs
-        return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-def _take_checkpointing(offloader: Offloader, module: torch.nn.Module) -> None:
-    """Put our checkpoint in the place of DeepSpeed's two functions.
-
-    The name ``checkpoint`` may have been imported anywhere; what it calls is looked
-    up in its module, so that is what is replaced.
-    """
-    inner_non_reentrant = ds_checkpointing.non_reentrant_checkpoint
-
-    def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-        if active_hooks() is None:
-            return inner_non_reentrant(function, *args)
-        return checkpoint(function, *args)
-
-    if isinstance(module, PipelineModule):
-        own = module.activation_checkpoint_func
-
-        def activation_checkpoint_func(function: Callable[..., Any], *args: Any) -> Any:
-            return own(function, *args) if active_hooks() is None else checkpoint(function, *args)
-
-        _shadow(module, "activation_checkpoint_func", activation_checkpoint_func, offloader)
-    _shadow(ds_checkpointing, "CheckpointFunction", _CheckpointFunction(ds_checkpointing.CheckpointFunction), offloader)
-    _shadow(ds_checkpointing, "non_reentrant_checkpoint", non_reentrant_checkpoint, offloader)

@@ -210,6 +210,7 @@ def test_interrupt_in_forward_leaves_no_hook_on(make_config):
         model[1] = nn.Linear(HIDDEN, HIDDEN)
         offloader.end_step()
         model(batch()).sum().backward()
+        settle(offloader)
         assert offloader.end_step().microbatches == 1
         x = torch.randn(64, 64, requires_grad=True)
         y = x.exp() * x
@@ -356,7 +357,7 @@ def test_backward_after_detach_raises_and_does_not_hang(make_config):
     """Finding F3. The tier is closed, the bytes are gone: an error each time it is asked."""
     model = TwoHeads()
     offloader = ssdtrain.attach(model, make_config("ssd"))
-    left, right = model(batch())
+    left, _ = model(batch())
     settle(offloader)
     offloader.detach()
     for _ in range(2):
@@ -405,8 +406,8 @@ def test_unpacked_tensors_have_the_dtype_shape_and_strides_they_had(make_config)
         def forward(self, x):
             wide = x.repeat(1, 64)
             views = (
-                wide.t(), wide[3:5, 7::3], wide[:1, :9], wide.as_strided((5, 5), (1, 3), 11), wide.expand(2, *wide.shape),
-                wide[-1, -1], wide.bfloat16()[1:, 1:], wide.double().t()[2:],
+                wide.t(), wide[3:5, 7::3], wide[:1, :9], wide.as_strided((5, 5), (1, 3), 11),
+                wide.expand(2, *wide.shape), wide[-1, -1], wide.bfloat16()[1:, 1:], wide.double().t()[2:],
             )  # fmt: skip
             return sum(Watch.apply(view).float().sum() for view in views)
 

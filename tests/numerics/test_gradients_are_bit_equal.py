@@ -1,13 +1,13 @@
 """Every gradient and every parameter equals, to the last bit, those of the run without the plugin."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 from training import CONFIGS, assert_same, train
 from workloads import WORKLOADS
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(name):
     return train(WORKLOADS[name])[0]
 

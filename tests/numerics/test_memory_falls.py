@@ -184,7 +184,9 @@ def test_fifty_steps_leave_nothing_and_grow_nothing(name, make_config):
             offloader.end_step()
             assert_nothing_held(offloader)
             file_bytes = [getattr(tier, "_file_bytes", 0) for tier in offloader._tiers.values()]
-            seen.append((threading.active_count(), len(_descriptors()), file_bytes, len(offloader.cache._reloader.schedule)))
+            seen.append(
+                (threading.active_count(), len(_descriptors()), file_bytes, len(offloader.cache._reloader.schedule))
+            )
         # Threads start one by one as the queue fills; after some steps all is as it stays.
         assert seen[10:] == [seen[10]] * 40
         assert seen[-1][3] == 0

@@ -125,15 +125,11 @@ def outcome(program, passes, rig=None, must_load=False):
     try:
         return backward(loss, inputs, passes)
     except RuntimeError as error:
-        assert "modified" in str(error), error
-        if rig is not None:
-            assert isinstance(error, SavedTensorMutatedError), error
-        return "mutated"
+        is_ours = isinstance(error, SavedTensorMutatedError)
+        return "mutated" if "modified" in str(error) and is_ours == (rig is not None) else f"backward: {error!r}"
 
 
-@settings(
-    max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False
-)
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
 @given(
     program=PROGRAM,
     passes=st.integers(1, 2),

@@ -345,9 +345,7 @@ WORKLOADS = {
     "gpt tied autocast": Workload(partial(Gpt, is_tied=True), is_autocast=True),
     "gpt dropout": Workload(partial(Gpt, dropout=0.2)),
     "gpt rmsnorm": Workload(partial(Gpt, norm=RmsNorm)),
-    "gpt rmsnorm swiglu bf16": Workload(
-        partial(Gpt, norm=RmsNorm, mlp=partial(SwiGlu, _chunk)), dtype=torch.bfloat16
-    ),
+    "gpt rmsnorm swiglu bf16": Workload(partial(Gpt, norm=RmsNorm, mlp=partial(SwiGlu, _chunk)), dtype=torch.bfloat16),
     "bert": Workload(Bert),
     "bert autocast": Workload(Bert, is_autocast=True),
     "encoder-decoder": Workload(EncoderDecoder),

@@ -1,0 +1,140 @@
+"""What is attached can be taken off again, and says what it did."""
+
+import gc
+import json
+import logging
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin.runtime import build, check, prepare
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x).exp().sum()
+
+
+def options(tmp_path, **changes):
+    return ssdtrain.OffloadConfig(**({"paths": [str(tmp_path)], "min_tensor_bytes": 1} | changes))
+
+
+def step(model):
+    model(torch.randn(4, 16)).backward()
+
+
+def test_attach_steps_report_detach(tmp_path):
+    model = Model()
+    offloader = ssdtrain.attach(model, options(tmp_path))
+    for _ in range(3):
+        step(model)
+        stats = offloader.end_step()
+        assert stats.microbatches == 1
+        assert stats.saved_bytes > 0
+    text = offloader.report()
+    assert "3 steps" in text
+    assert str(tmp_path) in text
+    offloader.detach()
+    offloader.detach()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    step(model)
+
+
+def test_steps_end_by_themselves(tmp_path):
+    model = Model()
+    with ssdtrain.attach(model, options(tmp_path)) as offloader:
+        for _ in range(4):
+            step(model)
+        assert "3 steps" in offloader.report()
+
+
+def test_the_context_manager_detaches_after_an_exception(tmp_path):
+    model = Model()
+    step(model)
+    with pytest.raises(ValueError, match="on purpose"), ssdtrain.attach(model, options(tmp_path)):
+        raise ValueError("on purpose")
+    assert not model._forward_hooks
+
+
+def test_disabled_is_as_if_it_were_not_there(tmp_path):
+    model = Model()
+    with ssdtrain.attach(model, options(tmp_path, enabled=False)) as offloader:
+        step(model)
+        assert not model._forward_hooks
+        assert offloader.end_step().microbatches == 0
+
+
+def test_stats_are_written_a_line_a_step(tmp_path):
+    model = Model()
+    config = options(tmp_path, stats_path=str(tmp_path / "stats_{local_rank}"))
+    with ssdtrain.attach(model, config) as offloader:
+        for _ in range(2):
+            step(model)
+            offloader.end_step()
+    lines = (tmp_path / "stats_0" / "rank0.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_all_faults_of_options_and_paths_are_listed_at_once(tmp_path):
+    wrong = {"paths": [str(tmp_path / "missing")], "io_threads": 0, "polcy": "all"}
+    with pytest.raises(ssdtrain.ConfigError) as caught:
+        check(wrong, source="here", local_rank=0)
+    text = str(caught.value)
+    assert "3 problems in here" in text
+    assert "missing" in text
+    assert "io_threads" in text
+    assert "did you mean `policy`" in text
+
+
+def test_placeholders_are_expanded_and_paths_checked(tmp_path):
+    (tmp_path / "drive3").mkdir()
+    config = ssdtrain.OffloadConfig(paths=[str(tmp_path / "drive{local_rank}")])
+    assert prepare(config, local_rank=3).paths == (str(tmp_path / "drive3"),)
+    with pytest.raises(ssdtrain.ConfigError, match="drive4"):
+        prepare(config, local_rank=4)
+
+
+def test_after_warm_up_one_line_is_said(tmp_path):
+    model, said = Model(), []
+    with build(options(tmp_path), device=torch.device("cpu"), rank=2, announce=said.append) as offloader:
+        assert "rank 2" in said[0]
+        assert str(tmp_path) in said[0]
+        for _ in range(4):
+            with offloader.hooks.forward():
+                loss = model(torch.randn(4, 16))
+            offloader.cache._queue.wait_idle()
+            loss.backward()
+            offloader.end_step()
+    assert len(said) == 2
+    assert "moved" in said[1]
+
+
+def test_nothing_moved_is_a_warning(tmp_path, caplog):
+    model = Model()
+    config = options(tmp_path, min_tensor_bytes=1 << 30)
+    with ssdtrain.attach(model, config) as offloader, caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            step(model)
+            offloader.end_step()
+    assert sum("nothing was moved" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_model_that_is_dropped_gives_everything_back(tmp_path):
+    before = threading.active_count()
+    model = Model()
+    ssdtrain.attach(model, options(tmp_path))
+    step(model)
+    del model
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ssdtrain-"):
+            thread.join(10)
+    assert threading.active_count() <= before
