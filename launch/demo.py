@@ -326,8 +326,9 @@ def notes(ranks: Sequence[RankFigures]) -> list[str]:
     lines = [
         f'* counted in a third run of {COUNT_STEPS} steps with "policy": "none" (the hooks count, nothing moves); '
         "a run without hooks cannot tell. Its losses are compared too.",
-        "On CPU all runs use huge pages for tensors (THP_MEM_ALLOC_ENABLE=1, which the plugin sets), so that step "
-        "times compare; they can raise the process memory of the run without the plugin.",
+        "The run without the plugin is the user's own command, unchanged. On CPU the plugin's runner also switches on "
+        "huge pages for tensors (THP_MEM_ALLOC_ENABLE=1), so the ratio of step times has both effects in it; the runs "
+        "follow one another on a machine that may be shared.",
     ]
     for figures in ranks:
         if figures.loads_on_demand:
@@ -378,9 +379,6 @@ def child_environment() -> dict[str, str]:
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONUNBUFFERED"] = "1"
     env.setdefault("OMP_NUM_THREADS", "1")
-    # On CPU the plugin switches on huge pages for tensors, which alone can make a step faster:
-    # switched on for all runs, so that the comparison is about offloading.
-    env.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     env.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     if not env.get("HOME"):
         env["HOME"] = str(ROOT / ".cache" / "home")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssdtrain_plugin.errors import LoadError, StorageError
 from ssdtrain_plugin.storage.base import Extent
+from ssdtrain_plugin.storage.engines import choose_engine
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixTier
 from ssdtrain_plugin.storage.probe import DirectoryReport, directory_problem, probe_directory
@@ -108,6 +109,7 @@ def examine(path: str, *, nbytes: int, threads: int = 4, progress: Progress | No
     except StorageError as error:
         return _unusable(path, error.message, directory)
     remarks = _remarks(directory)
+    engine, engine_reason = choose_engine("auto", directory)
     rates = (
         f"{format_rate(bandwidth.write_bytes_per_second)} write, {format_rate(bandwidth.read_bytes_per_second)} read"
     )
@@ -117,10 +119,8 @@ def examine(path: str, *, nbytes: int, threads: int = 4, progress: Progress | No
         problem=None,
         directory=directory,
         bandwidth=bandwidth,
-        engine="posix",
-        engine_reason="plain system calls with "
-        + ("O_DIRECT" if directory.supports_direct else "the page cache")
-        + ", the one engine of this release",
+        engine=engine,
+        engine_reason=engine_reason,
         remarks=remarks,
         verdict=f"usable{', with reservations' if remarks else ''}: {rates}",
     )

@@ -20,10 +20,11 @@ from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.stats import StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Tier
+from ssdtrain_plugin.storage.engines import choose_engine
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixTier
-from ssdtrain_plugin.storage.probe import directory_problem
+from ssdtrain_plugin.storage.probe import directory_problem, probe_directory
 from ssdtrain_plugin.streams import create_streams
 from ssdtrain_plugin.summary import after_warm_up, report
 from ssdtrain_plugin.transfer import TransferQueue
@@ -217,9 +218,10 @@ def build(
     streams = create_streams(device)
     arena = HostArena(streams)
     tiers: dict[Placement, Tier] = {}
-    if config.host_bytes:
+    moves = config.enabled and config.policy != "none"
+    if config.host_bytes and moves:
         tiers[Placement.HOST] = HostTier(config.host_bytes, streams=streams)
-    if config.paths and config.policy != "none":
+    if config.paths and moves:
         tiers[Placement.SSD] = PosixTier(
             config.paths[0], streams=streams, arena=arena, disk_bytes=config.disk_bytes, device=device
         )
@@ -250,8 +252,15 @@ def build(
     if ends_steps_itself:
         hooks.end_step = weakref.WeakMethod(offloader.end_step)
     where = "; ".join(tier.describe() for tier in tiers.values()) or "nowhere, only counting"
-    announce(f"ssdtrain: rank {rank}: {policy.explain()}, to {where}")
+    announce(f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config) if moves else ''}")
     return offloader
+
+
+def _engine_line(config: OffloadConfig) -> str:
+    if not config.paths:
+        return ""
+    engine, reason = choose_engine(config.io_engine, probe_directory(config.paths[0]))
+    return f"; io_engine {config.io_engine}: {engine}, {reason}"
 
 
 def _create_policy(config: OffloadConfig) -> OffloadPolicy:
