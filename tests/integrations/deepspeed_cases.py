@@ -43,6 +43,7 @@ PIPELINE = [
     _non_reentrant.but("recompute_non_reentrant", block=RECOMPUTE),
     _pipe.but("fraction", block={"policy": "fraction", "offload_fraction": 0.5}),
     _pipe.but("none", block={"policy": "none"}),
+    _checkpointed.but("disabled", block={"enabled": False}),
     _pipe.but("evaluates", dropout=0.1, evaluates=True),
     _pipe.but("dualpipe", kind="dualpipe", num_blocks=6),
 ]
