@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     deepspeed.initialize = initialize
     sys.argv = [script, *rest]
-    sys.path[0] = str(Path(script).resolve().parent)
+    if not getattr(sys.flags, "safe_path", False):  # since Python 3.11; then there is no such entry
+        sys.path[0] = str(Path(script).resolve().parent)
     try:
         runpy.run_path(script, run_name="__main__")
     except ConfigError as error:

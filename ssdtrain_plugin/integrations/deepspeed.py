@@ -21,6 +21,7 @@ import difflib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,9 @@ def read_block(config: object) -> OffloadConfig | None:
     """
     parsed, source = _parse(config)
     if BLOCK not in parsed:
-        lowered = {str(key).lower(): key for key in parsed}
-        near = difflib.get_close_matches(BLOCK, lowered, n=1, cutoff=0.7)
-        if near:
-            logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', lowered[near[0]], source, BLOCK)
+        for key in map(str, parsed):
+            if BLOCK in key.lower() or difflib.SequenceMatcher(None, BLOCK, key.lower()).ratio() > 0.7:
+                logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', key, source, BLOCK)
         return None
     block = parsed[BLOCK]
     source = f'the "{BLOCK}" block of {source}'
@@ -182,15 +182,22 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
 
 
 def _make_audible() -> None:
-    """Lend our logger DeepSpeed's handlers, unless the user has configured logging.
+    """Let our INFO lines be seen in DeepSpeed's format, unless the user has configured logging.
 
-    The lines that say what was done are the answer to "did the block do anything?",
-    and a logger that nobody configured prints no INFO.
+    The lines that say what was done are the answer to "did the block do anything?".
+    A logger that nobody configured prints no INFO, and DeepSpeed's own handlers print
+    none by default.
     """
     ours = logging.getLogger("ssdtrain_plugin")
-    if not ours.hasHandlers():
-        for handler in ds_logger.handlers:
-            ours.addHandler(handler)
+    if ours.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    if ds_logger.handlers:
+        handler.setFormatter(ds_logger.handlers[0].formatter)
+    # Whoever configures logging later gets the lines through the root logger, and only there.
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    ours.addHandler(handler)
+    if ours.level == logging.NOTSET:
         ours.setLevel(logging.INFO)
 
 

@@ -58,6 +58,8 @@ PLAIN = [
     ),
     _plain_checkpointed.but("tracked_random_states", is_tracked=True, block=RECOMPUTE),
     _plain_checkpointed.but("tracked_random_states_offload", is_tracked=True),
+    # Reentrant checkpointing of integers trains nothing before the head, with us as without us.
+    _plain_checkpointed.but("no_input_gradient", checkpointing="everything"),
     _plain.but("retains_graph", retains_graph=True),
     # ZeRO-3 last: it replaces functional.linear for the rest of the process.
     *(_plain.but(f"zero{zero}_{dtype}", zero=zero, dtype=dtype) for zero in (0, 1, 2, 3) for dtype in ("fp32", "bf16")),

@@ -78,7 +78,7 @@ class PlainModel(nn.Module):
         self.checkpointing = checkpointing
 
     def _run(self, block, x):
-        if self.checkpointing == "imported":
+        if self.checkpointing in ("imported", "everything"):
             return imported_checkpoint(block, x)
         if self.checkpointing == "attribute":
             return deepspeed.checkpointing.checkpoint(block, x)
@@ -87,7 +87,7 @@ class PlainModel(nn.Module):
         return block(x)
 
     def forward(self, tokens, labels):
-        x = self.embedding(tokens)
+        x = self._run(self.embedding, tokens) if self.checkpointing == "everything" else self.embedding(tokens)
         for block in self.blocks:
             x = self._run(block, x)
         return loss_fn(self.head(x), labels)

@@ -78,10 +78,13 @@ def test_a_plain_engine_trains_as_without_the_block(plain, case, rank):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("case", [case for case in PIPELINE if case.name not in ("none", "disabled")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in PIPELINE if case.name not in ("none", "disabled")], ids=lambda case: case.name
+)
 def test_a_pipeline_stores_and_gets_back_ahead_of_backward(pipeline, case, rank):
     steps = pipeline(rank, case.name)["with"]["steps"]
-    assert [step["microbatches"] for step in steps] == [case.microbatches] * 3
+    num_forwards = case.microbatches * (2 if case.kind == "dualpipe" else 1)  # two stages a rank
+    assert [step["microbatches"] for step in steps] == [num_forwards] * 3
     assert pipeline.total(rank, case.name, "stored_bytes") > 0
     assert pipeline.total(rank, case.name, "loaded_bytes") > 0
     if not case.is_pair:
@@ -90,7 +93,7 @@ def test_a_pipeline_stores_and_gets_back_ahead_of_backward(pipeline, case, rank)
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_a_step_of_a_plain_engine_spans_its_accumulation(plain, case, rank):
     steps = plain(rank, case.name)["with"]["steps"]
     assert [step["microbatches"] for step in steps] == [case.microbatches] * 3
@@ -252,9 +255,13 @@ def test_another_engine_of_the_process_is_not_affected(plain, rank):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_an_engine_that_is_dropped_gives_everything_back(suite, rank):
-    result = suite(rank, "dropped")
-    assert result == {"is_collected": True, "num_open": 1, "num_open_after": 0, "is_restored": True}
+def test_destroy_gives_everything_back(suite, rank):
+    assert suite(rank, "destroyed") == {"num_open": 1, "num_open_after": 0, "is_restored": True}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_engine_that_is_only_dropped_gives_everything_back(plain, rank):
+    assert plain(rank, "dropped") == {"num_open": 1, "num_open_after": 0, "is_restored": True}
 
 
 def test_an_engine_that_is_attached_at_exit_does_not_disturb_it(suite):
@@ -263,7 +270,11 @@ def test_an_engine_that_is_attached_at_exit_does_not_disturb_it(suite):
             assert word not in log, log[-4000:]
 
 
-def test_what_was_done_is_said_once_for_each_engine(suite):
-    first, second = suite.logs
-    assert "ssdtrain: rank 0: " in first
-    assert "ssdtrain: rank 0, step 1: moved " in first
+def test_every_stage_says_what_was_done_and_replicas_say_it_once(pipeline, plain):
+    num_engines = {"pipeline": len(PIPELINE) - 1 + 2 + 2, "plain": len(PLAIN) + 1 + 2 + 3}
+    for rank in RANKS:
+        assert pipeline.logs[rank].count(f"] ssdtrain: rank {rank}: ") == num_engines["pipeline"]
+        assert f"ssdtrain: rank {rank}, step 1: moved " in pipeline.logs[rank]
+    assert plain.logs[0].count("] ssdtrain: rank 0: ") == num_engines["plain"]
+    assert "ssdtrain: rank 0, step 1: moved " in plain.logs[0]
+    assert "ssdtrain: rank 1" not in plain.logs[1]
