@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["ActivationAccount"]
 
-_CHECKS_PER_CALL = 4
+_CHECKS_PER_CALL = 8
 
 
 class ActivationAccount:

@@ -9,7 +9,6 @@ then queue or tier.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from ssdtrain_plugin.errors import CapacityError
+from ssdtrain_plugin.errors import QueueClosedError, StorageError, StoreError
 from ssdtrain_plugin.identity import ResidentStorages, TensorView, is_parameter, is_plain, version_probe
 from ssdtrain_plugin.ledger import Ledger
 from ssdtrain_plugin.placement import Placer
@@ -176,7 +175,11 @@ class TensorCache:
         if is_parameter(tensor):
             # The weight itself, not its bytes of today: ZeRO-3 swaps them.
             return KeptTensor(tensor if isinstance(tensor, Parameter) else tensor.detach(), version)
-        if not is_plain(tensor) or tensor.device != self._device or tensor.numel() == 0:
+        if tensor.numel() == 0:
+            return KeptTensor(tensor.detach(), version)
+        if not is_plain(tensor) or tensor.device != self._device or self._streams.is_capturing():
+            with self._lock:
+                self._ledger.counter.kept_bytes += tensor.nbytes if tensor.layout is torch.strided else 0
             return KeptTensor(tensor.detach(), version)
         storage = tensor.untyped_storage()
         if storage in self._resident:
@@ -189,23 +192,17 @@ class TensorCache:
                 lease = self._admit(storage, tensor, version)
             record = lease.record
             if record.tier is None and record.storage is None:
-                alias = tensor.detach()
-                if is_new:
-                    record.alias = weakref.ref(alias)
-                return KeptTensor(alias, version, lease, self._microbatch)
-            probe = version_probe(tensor)
-            if is_new:
-                record.probe = probe
-            saved = SavedTensor(lease, TensorView.of(tensor), probe, version, self._microbatch)
+                return KeptTensor(tensor.detach(), version, lease, self._microbatch)
+            saved = SavedTensor(lease, TensorView.of(tensor), version_probe(tensor), version, self._microbatch)
         if is_new and record.tier is not None:
-            self._submit_store(record, record.tier, storage)
+            self._submit_store(record, storage)
         return saved
 
     def _share(self, storage: torch.UntypedStorage, tensor: Tensor, version: int) -> Lease | None:
         """Find the same bytes among those that are known."""
         lease = self._table.find(storage, tensor, version)
         if lease is not None:
-            self._ledger.counter.deduplicated_bytes += tensor.nbytes
+            self._ledger.counter.deduplicated_bytes += min(tensor.nbytes, lease.record.span.nbytes)
             if lease.record.extent is not None:
                 self._reloader.schedule.record(self._microbatch, lease.record.serial, lease.record.span.nbytes)
         return lease
@@ -231,33 +228,58 @@ class TensorCache:
         self._ledger.account.admit(record.would_be_bytes, record.held_bytes)
         return lease
 
-    def _submit_store(self, record: Record, tier: Tier, storage: torch.UntypedStorage) -> None:
+    def _submit_store(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Send a new record's bytes to its tier; on failure they stay."""
         nbytes = record.span.nbytes
         waited = self._queue.wait_for_room(nbytes)
-        try:
-            extent = tier.allocate(nbytes)
-        except CapacityError as error:
-            with self._lock:
-                self._ledger.counter.stall_seconds += waited
-                self._store_failed(record, tier, error)
-            self._placer.failures.say()
+        place = self._reserve(record, nbytes)
+        if place is None:
             return
-        source = record.span.bytes_of(storage)
-        work = partial(tier.write, extent, source, self._streams.record())
+        tier, extent = place
+        work = partial(tier.write, extent, record.span.bytes_of(storage), self._streams.record())
         transfer = Transfer(Direction.STORE, nbytes, work, partial(self._on_stored, record, tier, extent))
         with self._lock:
             self._ledger.counter.stall_seconds += waited
+            try:
+                self._queue.submit(transfer)  # its end waits for the lock
+            except QueueClosedError as error:
+                tier.free(extent)
+                self._store_failed(record, tier, error)
+                return
             record.move("store", State.STORING)
-            record.extent = extent
-            record.store = transfer
+            record.tier, record.extent, record.store = tier, extent, transfer
+            record.data_pointer = storage.data_ptr()
             self._reloader.schedule.record(self._microbatch, record.serial, nbytes)
-            self._queue.submit(transfer)
+
+    def _reserve(self, record: Record, nbytes: int) -> tuple[Tier, Extent] | None:
+        """Find room on the tier that was chosen, or else on another; None if there is none."""
+        failed: list[tuple[Tier, Exception]] = []
+        place: tuple[Tier, Extent] | None = None
+        for tier in self._placer.candidates(record.tier, self._ledger.step):
+            try:
+                place = tier, tier.allocate(nbytes)
+                break
+            except (StorageError, OSError) as error:
+                # Without its frames, which would hold the tensor: the list and they are a cycle.
+                failed.append((tier, error.with_traceback(None)))
+        with self._lock:
+            for tier, cause in failed:
+                # A budget that is used up is no failure if the next tier has room.
+                if place is None or getattr(cause, "errno", None) is not None:
+                    self._placer.failures.failed(tier.name, cause, self._ledger.step, self._ledger.counter.failures)
+            if place is None:
+                self._ledger.counter.kept_bytes += nbytes
+        self._placer.failures.say()
+        return place
 
     def _on_stored(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
         """Take note in a worker that a store ended."""
         with self._lock:
             self._ledger.count_store(tier.name, transfer)
+            if transfer.error is None and record.storage is not None and record.has_moved(record.storage):
+                # Somebody freed the storage under the store (`resize_(0)`, to recompute
+                # it later): what was written is not what was saved.
+                transfer.error = StoreError("cannot store activation: its storage was freed or moved meanwhile")
             if transfer.error is not None:
                 self._store_failed(record, tier, transfer.error)
             else:
@@ -314,7 +336,10 @@ class TensorCache:
                     tensor = self._reloader.hand_out(saved, storage)
                     self._reloader.prefetch(saved.microbatch)
                     return tensor
-                transfer = self._reloader.demand(record, saved.microbatch)
+                try:
+                    transfer = self._reloader.demand(record, saved.microbatch)
+                except QueueClosedError as error:
+                    raise saved.lost(error) from error
             waited += self._queue.wait(transfer)
             if transfer.error is not None:
                 raise saved.lost(transfer.error) from transfer.error
@@ -334,19 +359,19 @@ class TensorCache:
         account, state = self._ledger.account, record.state
         record.move("free", State.FREED)
         account.dismiss(record.would_be_bytes)
-        if record.tier is None:
-            heir = None if record.is_copy else self._table.find_heir(record)
-            if heir is None:
-                account.drop(record.held_bytes)
-            else:
-                heir.held_bytes += record.held_bytes
-            return
         pending = record.store if state is State.STORING else record.load if state is State.LOADING else None
         # A transfer that runs frees the extent when it ends.
         if pending is None or self._queue.cancel(pending):
             record.free_extent()
         record.storage = None
         self._reloader.arrive(record)
-        if record.original is not None:
+        # What pins the saved storage itself may have an heir: another record of it.
+        heir = self._table.find_heir(record) if state is State.RESIDENT and not record.is_copy else None
+        if heir is not None:
+            heir.held_bytes += record.held_bytes
+        elif state is State.STORING and record.original is not None:
             account.release(record.original, record.held_bytes)
-        self._reloader.schedule.forget(record.serial)
+        else:
+            account.drop(record.held_bytes)
+        if record.tier is not None:
+            self._reloader.schedule.forget(record.serial)

@@ -174,9 +174,17 @@ class OffloadConfig(BaseModel):
             raise ConfigError(f"`{path}`", error.problems) from None
 
     def _missing(self) -> list[str]:
+        """List what single values cannot show: what is missing, and what would do nothing."""
+        problems = []
         if self.enabled and self.policy != "none" and not self.paths and not self.host_bytes:
-            return ["paths: missing (expected at least one directory on a drive)"]
-        return []
+            problems.append("paths: missing (expected at least one directory on a drive)")
+        if "offload_fraction" in self.model_fields_set and self.policy != "fraction":
+            problems.append(
+                f"offload_fraction: does nothing with `policy: {self.policy}` (expected `policy: fraction`)"
+            )
+        if self.disk_bytes is not None and not self.paths and self.host_bytes:
+            problems.append("disk_bytes: does nothing without `paths` (expected a directory on a drive)")
+        return problems
 
     @classmethod
     def _still_missing(cls, error: ValidationError, options: Mapping[str, Any]) -> Sequence[str]:

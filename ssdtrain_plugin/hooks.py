@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.stats import StepStats
 
-__all__ = ["ModuleHooks", "SavedTensorHooks", "checkpoint"]
+__all__ = ["ModuleHooks", "SavedTensorHooks", "active_hooks", "checkpoint"]
 
 _active: ContextVar[SavedTensorHooks | None] = ContextVar("ssdtrain_active_hooks", default=None)
 
@@ -114,7 +115,7 @@ class ModuleHooks:
         """Register both hooks."""
         self._hooks: SavedTensorHooks | None = hooks
         self._owner: object = owner
-        self._open: list[tuple[FrameType, contextlib.ExitStack]] = []
+        self._local = threading.local()
         # First in, last out, so that other hooks' saves are covered as well; and
         # called when forward raises, so that no context is left open.
         self._handles: tuple[RemovableHandle, ...] = (
@@ -125,7 +126,7 @@ class ModuleHooks:
     @classmethod
     def _inert(cls) -> ModuleHooks:
         hooks = cls.__new__(cls)
-        hooks._hooks, hooks._owner, hooks._open, hooks._handles = None, None, [], ()
+        hooks._hooks, hooks._owner, hooks._local, hooks._handles = None, None, threading.local(), ()
         return hooks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHooks:
@@ -135,6 +136,22 @@ class ModuleHooks:
     def __reduce__(self) -> tuple[Callable[[], ModuleHooks], tuple[()]]:
         """Make a pickled model one that is not attached."""
         return ModuleHooks._inert, ()
+
+    @property
+    def _open(self) -> list[tuple[FrameType, contextlib.ExitStack]]:
+        """The contexts that this thread is inside of."""
+        stacks: list[tuple[FrameType, contextlib.ExitStack]] = self._local.__dict__.setdefault("open", [])
+        return stacks
+
+    @staticmethod
+    def are_on(module: nn.Module) -> bool:
+        """Tell whether a module is attached already.
+
+        Args:
+            module: Any.
+        """
+        owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+        return any(isinstance(owner, ModuleHooks) and owner._hooks is not None for owner in owners)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._hooks is None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
@@ -24,8 +23,8 @@ __all__ = [
     "TensorView",
     "is_parameter",
     "is_plain",
+    "owner_of",
     "revive",
-    "shares_version",
     "span_of",
     "version_probe",
 ]
@@ -155,23 +154,16 @@ def version_probe(tensor: Tensor) -> Tensor:
     return probe
 
 
-def shares_version(tensor: Tensor, probe: Tensor) -> bool:
-    """Tell whether two tensors have one version counter, not only equal versions.
+def owner_of(tensor: Tensor) -> Tensor:
+    """Get the tensor object that stands for a version counter: the base of a view, or the tensor itself.
 
     Tensors of one storage may have a counter each: ``x.data`` has, and so have the
     chunks that aten's recurrent cells cut and then change in place. Their numbers
-    say nothing about each other. So the counter is moved, looked at, and put back.
-
-    Args:
-        tensor: Being saved.
-        probe: From :func:`version_probe` of another save, at the same version.
-
-    Threads:
-        Under the lock that also guards the version checks of ``get``.
+    say nothing about each other. A base and its views share one counter, and torch
+    gives the same Python object for the same tensor as long as it lives.
     """
-    with _unsafe_preserve_version_counter(tensor):
-        torch.autograd.graph.increment_version(tensor)
-        return tensor._version == probe._version
+    base = tensor._base
+    return tensor if base is None else base
 
 
 def revive(reference: StorageWeakRef) -> torch.UntypedStorage | None:
@@ -190,14 +182,16 @@ def revive(reference: StorageWeakRef) -> torch.UntypedStorage | None:
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether dtype, shape, strides and offset describe the tensor fully.
 
-    Subclasses, sparse and nested layouts, lazily conjugated or negated views and
-    functorch wrappers hold more than bytes: they are kept.
+    Subclasses, sparse and nested layouts, lazily conjugated or negated views, zero
+    tensors without bytes and functorch wrappers hold more or less than bytes: they
+    are kept.
     """
     return (
         (type(tensor) is Tensor or type(tensor) is Parameter)
         and tensor.layout is torch.strided
         and not (tensor.dtype.is_complex and tensor.is_conj())
         and not tensor.is_neg()
+        and not tensor._is_zerotensor()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -210,9 +204,7 @@ def is_parameter(tensor: Tensor) -> bool:
     views to the ``AccumulateGrad`` of a Parameter. Storage pointers do not tell:
     under ZeRO-3 they come and go.
     """
-    base = tensor._base
-    if base is None:
-        base = tensor
+    base = owner_of(tensor)
     kind = type(base)
     # Parameter's own isinstance runs Python code; most tensors are exactly Tensor.
     if kind is Parameter or (kind is not Tensor and isinstance(base, Parameter)):

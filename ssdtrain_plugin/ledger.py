@@ -15,7 +15,7 @@ class Ledger:
     """What happened since the last :meth:`end_step`.
 
     Threads:
-        Not safe; its owner locks. ``note_unpack`` alone needs no lock.
+        Not safe; its owner locks.
 
     Attributes:
         step: Number of the present step, from 0.

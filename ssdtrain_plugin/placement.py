@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,10 @@ from ssdtrain_plugin.policy.base import OffloadPolicy, PackRequest, Placement
 from ssdtrain_plugin.storage.base import Tier
 
 __all__ = ["Placer"]
+
+# The size of a micro-batch is taken to be the largest of the last ones, so that one
+# short sequence does not make the next long one stay in memory.
+_RECENT_MICROBATCHES = 16
 
 # torch aligns its own allocations to this. Foreign memory (numpy, files) may not
 # be, and a kernel's last bit may depend on it: such storages are kept.
@@ -40,15 +45,15 @@ class Placer:
         self._tiers = dict(tiers)
         self._min_tensor_bytes = min_tensor_bytes
         self._seen_bytes = 0
-        self._microbatch_bytes: int | None = None
+        self._recent_bytes: deque[int] = deque(maxlen=_RECENT_MICROBATCHES)
 
     def begin_forward(self) -> None:
         """Start to count the bytes of a micro-batch."""
         self._seen_bytes = 0
 
     def end_forward(self) -> None:
-        """Remember the size of the micro-batch for the next one."""
-        self._microbatch_bytes = self._seen_bytes
+        """Remember the size of the micro-batch for the next ones."""
+        self._recent_bytes.append(self._seen_bytes)
 
     def choose(self, storage: torch.UntypedStorage, nbytes: int, step: int) -> Tier | None:
         """Choose where a new storage goes.
@@ -70,12 +75,23 @@ class Placer:
             PackRequest(
                 nbytes=nbytes,
                 seen_bytes=seen_bytes,
-                microbatch_bytes=self._microbatch_bytes,
+                microbatch_bytes=max(self._recent_bytes, default=None),
                 host_free_bytes=0 if host is None else host.free_bytes,
                 has_ssd=ssd is not None,
             )
         )
         return None if placement is Placement.KEEP else self._tiers[placement]
+
+    def candidates(self, chosen: Tier | None, step: int) -> list[Tier]:
+        """List the tiers to try for one storage: the chosen one, then whatever else works.
+
+        Args:
+            chosen: From :meth:`choose`.
+            step: Number of the present step.
+        """
+        others = [self._usable(placement, step) for placement in self._tiers]
+        tiers = [chosen, *(tier for tier in others if tier is not chosen)]
+        return [tier for tier in tiers if tier is not None]
 
     def pins_more_than_it_saves(self, nbytes: int, storage_bytes: int) -> bool:
         """Tell whether keeping a small view would keep a large storage in memory.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain_plugin.errors import LoadError, SavedTensorMutatedError, StateError, StorageError
+from ssdtrain_plugin.errors import LoadError, OffloadError, SavedTensorMutatedError, StateError, StorageError
 from ssdtrain_plugin.identity import Span, TensorView, revive
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.transfer import Transfer
@@ -81,8 +81,7 @@ class Record:
         span: Which bytes of the storage.
         version: Of the saved tensors when their bytes were taken.
         address: Of its storage object: Note [Identity].
-        probe: Shares the version counter of the first save; only if it is offloaded.
-        alias: Of a kept tensor, held by its first handle: its version counter.
+        owner: Of the version counter of the first save: :func:`ssdtrain_plugin.identity.owner_of`.
         original: Weak reference of the storage that was saved; None if it is kept
             as it is, because then the graph itself holds it.
         held_bytes: Device bytes that the record pins now.
@@ -98,15 +97,15 @@ class Record:
         num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
         num_unpacked: How many of them were unpacked in this pass over the graph.
         pass_number: Grows when all handles have been unpacked.
+        data_pointer: Where the bytes were when their store was queued.
         dead_handles: The last pass of each handle that died since.
     """
 
     # Class attributes are the defaults: a record is made for every storage that
     # autograd saves, and most of these are never set.
     state = State.RESIDENT
-    probe: Tensor | None = None
-    alias: weakref.ref[Tensor] | None = None
     original: StorageWeakRef | None = None
+    data_pointer = 0
     dead_handles: list[int] | None = None
     storage: torch.UntypedStorage | None = None
     first_byte = 0
@@ -125,12 +124,13 @@ class Record:
     num_unpacked = 0
     pass_number = 0
 
-    def __init__(self, serial: int, address: int, span: Span, version: int) -> None:
+    def __init__(self, serial: int, address: int, span: Span, version: int, owner: weakref.ref[Tensor]) -> None:
         """Start resident, with no bytes held yet."""
         self.serial = serial
         self.address = address
         self.span = span
         self.version = version
+        self.owner = owner
 
     def all_unpacked(self, saved: SavedTensor) -> bool:
         """Count an unpack; tell whether every handle alive has had the bytes in this pass.
@@ -190,6 +190,10 @@ class Record:
         self.storage = None
         return held_bytes
 
+    def is_original_gone(self) -> bool:
+        """Tell whether the saved storage is dead; one that is alive but freed may be filled again before backward."""
+        return self.original is None or self.original.expired()
+
     def place(self) -> tuple[Tier, Extent]:
         """Get where the bytes are stored.
 
@@ -206,15 +210,19 @@ class Record:
             self.tier.free(self.extent)
         self.extent = None
 
+    def has_moved(self, storage: torch.UntypedStorage) -> bool:
+        """Tell whether the bytes of the saved storage are not where they were.
+
+        Args:
+            storage: The one that was saved.
+        """
+        return storage.data_ptr() != self.data_pointer or storage.nbytes() < self.span.first_byte + self.span.nbytes
+
     def find_original(self) -> torch.UntypedStorage | None:
         """Get the saved storage while something else still holds it, unshrunk."""
         storage = None if self.original is None else revive(self.original)
         end = self.span.first_byte + self.span.nbytes
         return storage if storage is not None and storage.nbytes() >= end else None
-
-    def find_probe(self) -> Tensor | None:
-        """Get a tensor that shares the version counter of the first save, if one is left."""
-        return self.probe if self.alias is None else self.alias()
 
     def find_loaded(self) -> torch.UntypedStorage | None:
         """Get the bytes loaded last while an operator still holds them."""
@@ -301,6 +309,29 @@ class SavedTensor:
         if self.probe._version != self.version:
             raise _mutated(self.probe, self.view.shape, self.view.dtype, self.version)
 
+    def rebuild(self, storage: torch.UntypedStorage, first_byte: int) -> Tensor:
+        """Build the saved tensor on bytes that are back.
+
+        What a backward writes into it moves the version counter of the save, so
+        another handle of the same tensor sees it, as with autograd's own variables.
+
+        Args:
+            storage: Holds the bytes of the saved storage from ``first_byte`` on.
+            first_byte: A multiple of the element size.
+
+        Raises:
+            LoadError: Somebody freed the storage.
+        """
+        if storage.nbytes() < self.lease.record.span.nbytes:
+            raise LoadError(
+                f"cannot give back the activation {tuple(self.view.shape)} {self.view.dtype}: its storage was freed "
+                f"({storage.nbytes()} bytes, expected {self.lease.record.span.nbytes})",
+                hint="whoever called resize_(0) on a saved tensor must fill it again before backward",
+            )
+        tensor = self.probe.detach()
+        tensor.data = self.view.apply(storage, first_byte)
+        return tensor
+
     def lost(self, cause: BaseException) -> LoadError:
         """Make the error for the line of user code that needed the tensor.
 
@@ -308,6 +339,8 @@ class SavedTensor:
             cause: Why its load failed.
         """
         what = f"cannot load the activation {tuple(self.view.shape)} {self.view.dtype}"
+        if isinstance(cause, OffloadError) and not isinstance(cause, StorageError):
+            return LoadError(f"{what}: {cause.message}", hint=cause.hint)
         if not isinstance(cause, StorageError):
             return LoadError(f"{what}: {cause!r}", hint="the bytes are lost; restart from the last checkpoint")
         return LoadError(

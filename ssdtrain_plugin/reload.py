@@ -98,7 +98,7 @@ class Reloader:
         record = saved.lease.record
         if record.load is not None and record.load.event is not None:
             record.load.event.wait()
-        tensor = saved.view.apply(storage, record.first_byte)
+        tensor = saved.rebuild(storage, record.first_byte)
         self.arrive(record)
         if record.all_unpacked(saved) and record.state is State.LOADED:
             record.move("let go of loaded bytes", State.STORED)
@@ -112,9 +112,13 @@ class Reloader:
         Args:
             record: Not in memory.
             microbatch: Whose backward asks.
+
+        Raises:
+            QueueClosedError: The offloader was detached.
         """
         if record.state is State.LOADING and record.load is not None:
             return record.load
+        self._queue.check_open()
         self._ledger.counter.num_loads_on_demand += 1
         self.schedule.demand(microbatch, record.serial)
         return self._start_load(record, is_urgent=True)
@@ -125,6 +129,8 @@ class Reloader:
         Args:
             microbatch: Whose backward is next or running.
         """
+        if self._queue.is_closed:
+            return
         room_bytes = self._prefetch_bytes - self._ahead_bytes
         for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
             record = self._table[serial]
@@ -175,7 +181,8 @@ class Reloader:
     def _bring_ahead(self, record: Record) -> None:
         storage = record.find_original()
         if storage is None:
-            self._start_load(record, is_urgent=False)
+            if record.is_original_gone():
+                self._start_load(record, is_urgent=False)
             return
         # Still held by something else: hold it too, so that it cannot go before backward asks.
         self._count_forwarded(record)

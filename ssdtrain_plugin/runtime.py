@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.config import OffloadConfig, expand_path
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.errors import ConfigError, StateError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
@@ -24,12 +26,12 @@ from ssdtrain_plugin.storage.engines import choose_engine
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixTier
-from ssdtrain_plugin.storage.probe import directory_problem, probe_directory
+from ssdtrain_plugin.storage.probe import directory_problem
 from ssdtrain_plugin.streams import create_streams
-from ssdtrain_plugin.summary import after_warm_up, report
+from ssdtrain_plugin.summary import RunTotals, after_warm_up
 from ssdtrain_plugin.transfer import TransferQueue
 
-__all__ = ["Offloader", "attach", "build", "check", "prepare"]
+__all__ = ["Offloader", "attach", "build", "check", "make_audible", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +76,9 @@ class Offloader:
         self._rank = rank
         self._announce = announce
         self._undo: list[Callable[[], None]] = []
-        self._steps: list[StepStats] = []
+        self._totals = RunTotals(rank)
         # Also runs at interpreter exit, so that no worker is inside a system call then.
-        self._finalizer = weakref.finalize(self, _close, queue, tuple(tiers.values()), arenas, writer)
+        self._finalizer = weakref.finalize(self, _close, os.getpid(), queue, tuple(tiers.values()), arenas, writer)
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Register how to take something off the host again.
@@ -96,20 +98,25 @@ class Offloader:
             The numbers of the step.
         """
         stats = self.cache.end_step(self._rank)
-        self._steps.append(stats)
+        self._totals.add(stats)
         if self._writer is not None:
             self._writer.write(stats)
-        if len(self._steps) == _WARM_UP_STEPS:
-            line, is_warning = after_warm_up(stats)
-            if is_warning:
+        if self._totals.num_steps == _WARM_UP_STEPS:
+            line, has_moved = after_warm_up(stats)
+            if self._tiers and not has_moved:
                 logger.warning("%s", line)
             else:
                 self._announce(line)
         return stats
 
     def report(self) -> str:
-        """Say what moved, what it saved and what it cost, over all steps so far."""
-        return report(self._steps, self._rank, [tier.describe() for tier in self._tiers.values()])
+        """Say what moved, what it saved and what it cost, over all steps so far.
+
+        A step whose graphs are all gone is ended first, so that the last one counts.
+        """
+        if self.cache.num_microbatches and self.cache.is_idle():
+            self.end_step()
+        return self._totals.report([tier.describe() for tier in self._tiers.values()])
 
     def detach(self) -> None:
         """Take every hook off, stop the threads, give disk and memory back.
@@ -133,8 +140,14 @@ class Offloader:
 
 
 def _close(
-    queue: TransferQueue, tiers: tuple[Tier, ...], arenas: tuple[HostArena, ...], writer: StatsWriter | None
+    owner_pid: int,
+    queue: TransferQueue,
+    tiers: tuple[Tier, ...],
+    arenas: tuple[HostArena, ...],
+    writer: StatsWriter | None,
 ) -> None:
+    if os.getpid() != owner_pid:
+        return  # a fork has none of the threads, and its copies of locks may be held for ever
     queue.close()
     for tier in tiers:
         tier.close()
@@ -164,7 +177,7 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
         config = OffloadConfig.from_dict(options)
     except ConfigError as error:
         problems.extend(error.problems)
-    paths = options.get("paths", ())
+    paths, stats_path = options.get("paths", ()), options.get("stats_path")
     if isinstance(paths, str | os.PathLike):
         paths = (paths,)
     expanded: list[str] = []
@@ -175,12 +188,25 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
             fault = directory_problem(expanded[-1]) if is_used else None
             if fault is not None:
                 problems.append(f"paths: {fault}")
+    if isinstance(stats_path, str):
+        fault = _stats_problem(Path(expand_path(stats_path, local_rank=local_rank)))
+        if fault is not None:
+            problems.append(f"stats_path: {fault}")
     if problems or config is None:
         raise ConfigError(source, problems, hint="correct the lines above; `ssdtrain doctor PATH` tests a directory")
-    stats_path = config.stats_path
-    if stats_path is not None:
-        stats_path = expand_path(stats_path, local_rank=local_rank)
+    if config.stats_path is not None:
+        stats_path = expand_path(config.stats_path, local_rank=local_rank)
     return config.model_copy(update={"paths": tuple(expanded), "stats_path": stats_path})
+
+
+def _stats_problem(directory: Path) -> str | None:
+    """Say why no file can be written in a directory that may not exist yet."""
+    parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        return f"`{directory}`: `{parent}` is a file (expected a directory)"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"`{directory}`: `{parent}` cannot be written to (expected a writable directory)"
+    return None
 
 
 def prepare(config: OffloadConfig, *, local_rank: int) -> OffloadConfig:
@@ -193,7 +219,7 @@ def prepare(config: OffloadConfig, *, local_rank: int) -> OffloadConfig:
     Raises:
         ConfigError: Lists every path that cannot be used.
     """
-    return check(config.model_dump(), source=OffloadConfig.SOURCE, local_rank=local_rank)
+    return check(config.model_dump(exclude_unset=True), source=OffloadConfig.SOURCE, local_rank=local_rank)
 
 
 def build(
@@ -252,15 +278,38 @@ def build(
     if ends_steps_itself:
         hooks.end_step = weakref.WeakMethod(offloader.end_step)
     where = "; ".join(tier.describe() for tier in tiers.values()) or "nowhere, only counting"
-    announce(f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config) if moves else ''}")
+    if config.enabled:
+        announce(f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config, tiers)}")
     return offloader
 
 
-def _engine_line(config: OffloadConfig) -> str:
-    if not config.paths:
+def _engine_line(config: OffloadConfig, tiers: Mapping[Placement, Tier]) -> str:
+    tier = tiers.get(Placement.SSD)
+    if not isinstance(tier, PosixTier):
         return ""
-    engine, reason = choose_engine(config.io_engine, probe_directory(config.paths[0]))
+    engine, reason = choose_engine(config.io_engine, tier.report)
     return f"; io_engine {config.io_engine}: {engine}, {reason}"
+
+
+def make_audible(formatter: logging.Formatter | None = None) -> None:
+    """Let our INFO lines be seen, unless the user has configured logging.
+
+    The lines that say what was done are the answer to "did it do anything?", and a
+    logger that nobody configured prints no INFO.
+
+    Args:
+        formatter: Of the host, so that the lines look like its own.
+    """
+    ours = logging.getLogger("ssdtrain_plugin")
+    if ours.hasHandlers():
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(formatter)
+    # Whoever configures logging later gets the lines through the root logger, and only there.
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    ours.addHandler(handler)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
 
 
 def _create_policy(config: OffloadConfig) -> OffloadPolicy:
@@ -287,7 +336,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def attach(model: nn.Module, config: OffloadConfig) -> Offloader:
+def attach(model: nn.Module, config: OffloadConfig | Mapping[str, Any]) -> Offloader:
     """Offload what the model's forward saves for backward.
 
     What is computed outside of ``model.forward``, a loss for example, is not seen;
@@ -295,14 +344,23 @@ def attach(model: nn.Module, config: OffloadConfig) -> Offloader:
 
     Args:
         model: On the device where it trains. Not changed; :meth:`Offloader.detach` undoes all.
-        config: The options.
+        config: The options; a mapping is read as :meth:`OffloadConfig.from_dict` does.
 
     Returns:
         The offloader, also usable as a context manager.
 
     Raises:
-        ConfigError: A path cannot be used; all are listed.
+        ConfigError: An option is wrong or a path cannot be used; all are listed.
+        StateError: The model is attached already.
     """
+    if ModuleHooks.are_on(model):
+        raise StateError(
+            f"cannot attach: this {type(model).__name__} is attached already (expected one offloader a model)",
+            hint="call `detach()` of the first offloader",
+        )
+    if not isinstance(config, OffloadConfig):
+        config = OffloadConfig.from_dict(config)
+    make_audible()
     local_rank, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("RANK", "0"))
     config = prepare(config, local_rank=local_rank)
     offloader = build(config, device=_device_of(model), rank=rank)

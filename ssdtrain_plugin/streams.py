@@ -23,6 +23,10 @@ from torch import Tensor
 __all__ = ["CpuStreams", "CudaStreams", "DeviceEvent", "Streams", "create_streams"]
 
 
+# cudaHostRegisterPortable: pinned for every device of the process.
+_PORTABLE = 1
+
+
 class DeviceEvent:
     """A point in a stream's work. This base class is the CPU twin: always reached."""
 
@@ -44,6 +48,10 @@ class Streams(ABC):
     @abstractmethod
     def record(self) -> DeviceEvent:
         """Mark the present end of the calling thread's compute stream."""
+
+    def is_capturing(self) -> bool:
+        """Tell whether a CUDA graph is being captured; what is saved then must stay where it is."""
+        return False
 
     @abstractmethod
     def copy_to_host(self, target: Tensor, source: Tensor, after: DeviceEvent) -> DeviceEvent:
@@ -155,6 +163,10 @@ class CudaStreams(Streams):
         """Record an event on the current compute stream."""
         return _CudaEvent(self._device, torch.cuda.current_stream(self._device))
 
+    def is_capturing(self) -> bool:
+        """Ask CUDA; see :meth:`Streams.is_capturing`."""
+        return torch.cuda.is_current_stream_capturing()
+
     def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor, after: DeviceEvent) -> DeviceEvent:
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             if isinstance(after, _CudaEvent):
@@ -176,11 +188,13 @@ class CudaStreams(Streams):
         Raises:
             RuntimeError: The driver refused, for example because of the memlock limit.
         """
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)))
+        with torch.cuda.device(self._device):  # workers would else open a context on device 0
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
 
     def unpin(self, address: int) -> None:
         """Unregister memory given to :meth:`pin`."""
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+        with torch.cuda.device(self._device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
 
 
 def create_streams(device: torch.device) -> Streams:

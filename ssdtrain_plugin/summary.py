@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from statistics import median
 
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.units import format_bytes, format_seconds
 
-__all__ = ["after_warm_up", "report"]
+__all__ = ["RunTotals", "after_warm_up"]
 
 
 def after_warm_up(stats: StepStats) -> tuple[str, bool]:
@@ -19,20 +18,20 @@ def after_warm_up(stats: StepStats) -> tuple[str, bool]:
         stats: A step after the first.
 
     Returns:
-        The line, and whether it is a warning: nothing moved although something was asked for.
+        The line, and whether anything moved.
     """
     moved_bytes = stats.stored_bytes + stats.host_bytes
     head = f"ssdtrain: rank {stats.rank}, step {stats.step}"
     if not moved_bytes:
         reason = _why_nothing(stats)
-        return f"{head}: nothing was moved, because {reason} ({stats.plan})", not stats.plan.startswith("keep")
+        return f"{head}: nothing was moved, because {reason} ({stats.plan})", False
     return (
         f"{head}: moved {format_bytes(moved_bytes)} out and {format_bytes(stats.loaded_bytes)} back, "
         f"forwarded {format_bytes(stats.forwarded_bytes)}; live activations peak at "
         f"{format_bytes(stats.peak_activation_bytes)} instead of {format_bytes(stats.saved_bytes)}{_percent(stats)}; "
         f"training waited {format_seconds(stats.stall_seconds)}, "
         f"{stats.num_loads_on_demand} loads on demand{_failures(stats.failures)}"
-    ), False
+    ), True
 
 
 def _percent(stats: StepStats) -> str:
@@ -52,45 +51,88 @@ def _why_nothing(stats: StepStats) -> str:
         return "no forward of the attached model ran with gradients"
     if stats.failures:
         return "every store failed" + _failures(stats.failures)
+    if not stats.saved_bytes and stats.kept_bytes:
+        kept = format_bytes(stats.kept_bytes)
+        return f"the {kept} saved are tensor subclasses, or not on the device that the model was on"
     if not stats.saved_bytes:
         return "autograd saved nothing but weights"
     if stats.forwarded_bytes:
         return "backward asked for everything before its store began"
-    return f"no saved tensor was offloaded; {format_bytes(stats.kept_bytes)} were kept (see `min_tensor_bytes`)"
+    return f"no saved tensor was offloaded; {format_bytes(stats.kept_bytes)} were kept, by the policy or as too small"
 
 
-def report(steps: Sequence[StepStats], rank: int, tiers: Sequence[str]) -> str:
-    """Sum up all steps so far.
+class RunTotals:
+    """Sums over the steps of a run; its size does not grow with them.
 
     Args:
-        steps: In order.
         rank: Global rank of the process.
-        tiers: One line each.
+
+    Attributes:
+        num_steps: Steps added.
     """
-    if not steps:
-        return f"ssdtrain: rank {rank}: no step has ended yet"
 
-    def total(name: str) -> str:
-        return format_bytes(sum(getattr(step, name) for step in steps))
+    _SUMMED = (
+        "microbatches",
+        "stored_bytes",
+        "loaded_bytes",
+        "forwarded_bytes",
+        "deduplicated_bytes",
+        "kept_bytes",
+        "host_bytes",
+        "num_loads_on_demand",
+        "stall_seconds",
+    )
 
-    failures: Counter[str] = Counter()
-    for step in steps:
-        failures.update(step.failures)
-    peak = max(step.peak_activation_bytes for step in steps)
-    saved = max(step.saved_bytes for step in steps)
-    share = f" ({100 * (peak / saved - 1):+.0f} %)" if saved else ""
-    lines = [
-        f"ssdtrain: rank {rank}, {len(steps)} steps, {sum(step.microbatches for step in steps)} micro-batches",
-        f"  plan        {steps[-1].plan}",
-        *(f"  tier        {line}" for line in tiers),
-        f"  activations peak {format_bytes(peak)} instead of {format_bytes(saved)}{share}",
-        f"  moved       {total('stored_bytes')} to the drive, {total('host_bytes')} to host memory, "
-        f"{total('loaded_bytes')} back",
-        f"  not moved   {total('forwarded_bytes')} forwarded, {total('deduplicated_bytes')} deduplicated, "
-        f"{total('kept_bytes')} kept",
-        f"  cost        {format_seconds(median(step.stall_seconds for step in steps))} waiting a step (median), "
-        f"{sum(step.num_loads_on_demand for step in steps)} loads on demand in all",
-    ]
-    if failures:
-        lines.append("  failures    " + ", ".join(f"{count} x {cause}" for cause, count in failures.items()))
-    return "\n".join(lines)
+    def __init__(self, rank: int) -> None:
+        """Start before the first step."""
+        self.num_steps = 0
+        self._rank = rank
+        self._sums: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._peak_bytes = 0
+        self._saved_bytes = 0
+        self._plan = ""
+
+    def add(self, step: StepStats) -> None:
+        """Add a finished step.
+
+        Args:
+            step: Its numbers.
+        """
+        self.num_steps += 1
+        for name in self._SUMMED:
+            self._sums[name] += getattr(step, name)
+        self._failures.update(step.failures)
+        self._peak_bytes = max(self._peak_bytes, step.peak_activation_bytes)
+        self._saved_bytes = max(self._saved_bytes, step.saved_bytes)
+        self._plan = step.plan
+
+    def report(self, tiers: Sequence[str]) -> str:
+        """Sum up in some lines.
+
+        Args:
+            tiers: One line each.
+        """
+        if not self.num_steps:
+            return (
+                f"ssdtrain: rank {self._rank}: no step has ended yet\n\n"
+                "hint: run a forward and a backward of the attached model, and let go of the loss"
+            )
+        amounts = {name: format_bytes(self._sums[name]) for name in self._SUMMED if name.endswith("_bytes")}
+        share = f" ({100 * (self._peak_bytes / self._saved_bytes - 1):+.0f} %)" if self._saved_bytes else ""
+        lines = [
+            f"ssdtrain: rank {self._rank}, {self.num_steps} steps, {self._sums['microbatches']} micro-batches",
+            f"  plan        {self._plan}",
+            *(f"  tier        {line}" for line in tiers),
+            f"  activations peak {format_bytes(self._peak_bytes)} instead of {format_bytes(self._saved_bytes)}{share}",
+            f"  moved       {amounts['stored_bytes']} to the drive, {amounts['host_bytes']} to host memory, "
+            f"{amounts['loaded_bytes']} back",
+            f"  not moved   {amounts['forwarded_bytes']} forwarded, {amounts['deduplicated_bytes']} deduplicated, "
+            f"{amounts['kept_bytes']} kept",
+            f"  cost        {format_seconds(self._sums['stall_seconds'] / self.num_steps)} waiting a step (mean), "
+            f"{self._sums['num_loads_on_demand']} loads on demand in all",
+        ]
+        if self._failures:
+            causes = ", ".join(f"{count} x {cause}" for cause, count in self._failures.items())
+            lines.append(f"  failures    {causes}")
+        return "\n".join(lines)

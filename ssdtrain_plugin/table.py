@@ -9,7 +9,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from ssdtrain_plugin.identity import shares_version, span_of
+from ssdtrain_plugin.identity import owner_of, span_of
 from ssdtrain_plugin.records import Lease, Record
 
 __all__ = ["RecordTable"]
@@ -48,12 +48,11 @@ class RecordTable:
         """
         for record in self._by_storage.get(storage._cdata, ()):
             lease = record.lives()
-            probe = record.find_probe()
-            if lease is None or probe is None or record.version != version or probe._version != version:
+            # Equal numbers of different counters prove nothing, so the counter must be the same.
+            if lease is None or record.version != version or record.owner() is not owner_of(tensor):
                 continue
             storage_bytes = storage.nbytes()
-            is_inside = record.span.nbytes == storage_bytes or record.span.covers(span_of(tensor, storage_bytes))
-            if is_inside and shares_version(tensor, probe):
+            if record.span.nbytes == storage_bytes or record.span.covers(span_of(tensor, storage_bytes)):
                 return lease
         return None
 
@@ -70,7 +69,8 @@ class RecordTable:
         """
         storage_bytes = storage.nbytes()
         siblings = self._by_storage.setdefault(storage._cdata, [])
-        record = Record(next(self._serials), storage._cdata, span_of(tensor, storage_bytes), version)
+        owner = weakref.ref(owner_of(tensor))
+        record = Record(next(self._serials), storage._cdata, span_of(tensor, storage_bytes), version, owner)
         # Saved at two versions or in two spans, a storage is in memory only once.
         is_known = bool(siblings) and any(sibling.lives() for sibling in siblings)
         record.would_be_bytes = 0 if is_known else storage_bytes

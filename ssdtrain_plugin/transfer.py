@@ -7,6 +7,7 @@ Stores and loads have threads of their own, so that neither starves the other.
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from ssdtrain_plugin.errors import QueueClosedError
 from ssdtrain_plugin.streams import DeviceEvent
 
 __all__ = ["Direction", "Transfer", "TransferQueue", "TransferState"]
+
+logger = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 5.0
 
@@ -108,7 +111,8 @@ class TransferQueue:
         """Prepare the queues; no thread runs yet."""
         self._io_threads = io_threads
         self._max_inflight_bytes = max_inflight_bytes
-        self._lock = threading.Lock()
+        # Reentrant: a collection inside a locked region may run the finalizer that closes the queue.
+        self._lock = threading.RLock()
         self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
         self._ready = {direction: threading.Condition(self._lock) for direction in Direction}
         self._changed = threading.Condition(self._lock)
@@ -121,6 +125,20 @@ class TransferQueue:
     def inflight_bytes(self) -> int:
         """Bytes of stores queued or running."""
         return self._inflight_bytes
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can be queued."""
+        return self._is_closed
+
+    def check_open(self) -> None:
+        """Refuse to go on if the queue is closed.
+
+        Raises:
+            QueueClosedError: It is.
+        """
+        if self._is_closed:
+            raise _closed("go on")
 
     def wait_for_room(self, nbytes: int) -> float:
         """Wait until a store of ``nbytes`` fits into the budget.
@@ -157,7 +175,7 @@ class TransferQueue:
         direction = transfer.direction
         with self._lock:
             if self._is_closed:
-                raise _closed(transfer)
+                raise _closed(f"{direction.value} {transfer.nbytes} bytes")
             if direction is Direction.STORE:
                 self._inflight_bytes += transfer.nbytes
             self._num_unfinished += 1
@@ -249,7 +267,7 @@ class TransferQueue:
             transfer = queue.popleft()
             if transfer.state is TransferState.QUEUED:
                 transfer.state = TransferState.CANCELLED
-                transfer.error = _closed(transfer)
+                transfer.error = _closed(f"{transfer.direction.value} {transfer.nbytes} bytes")
                 transfer.drop()
                 self._settle(transfer)
 
@@ -257,8 +275,9 @@ class TransferQueue:
         while (transfer := self._next(direction)) is not None:
             try:
                 transfer.run()
+            except BaseException:
+                logger.exception("a transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
             finally:
-                # Also when `finish` itself failed, a defect: then nobody must wait for ever.
                 with self._lock:
                     transfer.state = TransferState.DONE
                     self._settle(transfer)
@@ -279,8 +298,8 @@ class TransferQueue:
                 ready.wait()
 
 
-def _closed(transfer: Transfer) -> QueueClosedError:
+def _closed(what: str) -> QueueClosedError:
     return QueueClosedError(
-        f"cannot {transfer.direction.value} {transfer.nbytes} bytes: the transfer queue is closed",
+        f"cannot {what}: the offloader was detached and its transfer queue is closed",
         hint="detach only after the last backward of a graph that was offloaded",
     )

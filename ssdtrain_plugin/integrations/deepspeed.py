@@ -21,7 +21,6 @@ import difflib
 import inspect
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
 from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_checkpointing
-from ssdtrain_plugin.runtime import Offloader, build, check
+from ssdtrain_plugin.runtime import Offloader, build, check, make_audible
 
 __all__ = ["initialize", "offloader_of", "read_block"]
 
@@ -158,7 +157,7 @@ def _local_rank() -> int:
 
 
 def _attach(engine: Any, config: OffloadConfig) -> None:
-    _make_audible()
+    make_audible(ds_logger.handlers[0].formatter if ds_logger.handlers else None)
     # One voice per stage: the other data-parallel ranks have the same to say.
     is_speaker = engine.mpu.get_data_parallel_rank() == 0 if engine.mpu else engine.global_rank == 0
     offloader = build(
@@ -179,26 +178,6 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
     _detach_with(engine, offloader)
     setattr(engine, _ATTRIBUTE, offloader)
     offloader.on_detach(lambda: engine.__dict__.pop(_ATTRIBUTE, None))
-
-
-def _make_audible() -> None:
-    """Let our INFO lines be seen in DeepSpeed's format, unless the user has configured logging.
-
-    The lines that say what was done are the answer to "did the block do anything?".
-    A logger that nobody configured prints no INFO, and DeepSpeed's own handlers print
-    none by default.
-    """
-    ours = logging.getLogger("ssdtrain_plugin")
-    if ours.hasHandlers():
-        return
-    handler = logging.StreamHandler(sys.stdout)
-    if ds_logger.handlers:
-        handler.setFormatter(ds_logger.handlers[0].formatter)
-    # Whoever configures logging later gets the lines through the root logger, and only there.
-    handler.addFilter(lambda record: not logging.getLogger().handlers)
-    ours.addHandler(handler)
-    if ours.level == logging.NOTSET:
-        ours.setLevel(logging.INFO)
 
 
 def _end_steps_with(engine: Any, method: str, offloader: Offloader) -> None:

@@ -31,7 +31,7 @@ class PackRequest:
     Attributes:
         nbytes: Its size.
         seen_bytes: Bytes that this micro-batch saved before it, each storage once.
-        microbatch_bytes: What the last whole micro-batch saved, or None before the first.
+        microbatch_bytes: What a micro-batch saves: the largest of the last ones, or None before the first.
         host_free_bytes: Room in the host tier; 0 if there is none or it failed.
         has_ssd: Whether there is a drive, and it works.
     """

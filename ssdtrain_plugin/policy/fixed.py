@@ -33,7 +33,7 @@ class FractionPolicy:
         # Before the first micro-batch has ended its size is unknown. Offloading
         # it whole is the choice that cannot run out of memory.
         is_known = request.microbatch_bytes is not None
-        if is_known and request.seen_bytes >= self._fraction * (request.microbatch_bytes or 0):
+        if self._fraction < 1.0 and is_known and request.seen_bytes >= self._fraction * (request.microbatch_bytes or 0):
             return Placement.KEEP
         if request.nbytes <= request.host_free_bytes:
             return Placement.HOST

@@ -39,20 +39,20 @@ class HostTier(Tier):
         self._arena = HostArena(streams, slab_bytes=_SLAB_BYTES, limit_bytes=host_bytes)
         self._blocks: dict[int, tuple[Extent, Tensor]] = {}
         self._used_bytes = 0
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
         self._num_active = 0
         self._is_closed = False
 
     @property
     def used_bytes(self) -> int:
         """Bytes reserved now."""
-        with self._condition:
+        with self._lock:
             return self._used_bytes
 
     @property
     def free_bytes(self) -> int:
         """Bytes left of the budget, not necessarily in one piece."""
-        with self._condition:
+        with self._lock:
             return 0 if self._is_closed else self._host_bytes - self._used_bytes
 
     def describe(self) -> str:
@@ -61,7 +61,7 @@ class HostTier(Tier):
 
     def allocate(self, nbytes: int) -> Extent:
         """Reserve a block; see :meth:`Tier.allocate`."""
-        with self._condition:
+        with self._lock:
             if self._is_closed:
                 raise self._no_room(nbytes, "the tier is closed", None)
             try:
@@ -95,7 +95,7 @@ class HostTier(Tier):
         Raises:
             StateError: It was freed before, or is not from here.
         """
-        with self._condition:
+        with self._lock:
             if self._is_closed:
                 return
             if self._blocks.get(extent.offset, (None,))[0] != extent:
@@ -107,10 +107,13 @@ class HostTier(Tier):
             self._used_bytes -= extent.reserved_bytes
 
     def close(self) -> None:
-        """Wait for copies under way, then give the memory back."""
-        with self._condition:
+        """Give the memory back, at once or with the end of the last copy under way; never waits."""
+        with self._lock:
             self._is_closed = True
-            self._condition.wait_for(lambda: self._num_active == 0)
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._is_closed and self._num_active == 0:
             self._blocks.clear()
             self._used_bytes = 0
             self._arena.close()
@@ -123,7 +126,7 @@ class HostTier(Tier):
                 f"a transfer of {extent.nbytes} bytes was given a tensor of {tensor.numel()} {tensor.dtype} "
                 "(expected as many, uint8, contiguous)"
             )
-        with self._condition:
+        with self._lock:
             if self._is_closed:
                 is_store = kind is StoreError
                 raise kind(
@@ -139,10 +142,9 @@ class HostTier(Tier):
         try:
             yield block
         finally:
-            with self._condition:
+            with self._lock:
                 self._num_active -= 1
-                if self._num_active == 0:
-                    self._condition.notify_all()
+                self._close_if_unused()
 
     def _no_room(self, nbytes: int, reason: str, error_number: int | None) -> CapacityError:
         return CapacityError(

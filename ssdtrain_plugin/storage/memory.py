@@ -60,6 +60,9 @@ class _Slab:
     def __init__(self, nbytes: int) -> None:
         # MAP_PRIVATE: shared anonymous memory gets no huge pages by madvise.
         self.memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # open(2): a fork during direct I/O into private memory may send the bytes to the child's copy.
+            self.memory.madvise(mmap.MADV_DONTFORK)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self.memory.madvise(mmap.MADV_HUGEPAGE)

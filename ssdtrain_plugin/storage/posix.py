@@ -27,7 +27,7 @@ from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, Storage
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.storage.extents import ExtentAllocator, round_down, round_up
 from ssdtrain_plugin.storage.memory import BLOCK_ALIGNMENT, HostArena, memory_at
-from ssdtrain_plugin.storage.probe import open_unlinked, probe_directory
+from ssdtrain_plugin.storage.probe import DirectoryReport, open_unlinked, probe_directory
 from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.units import GIB, MIB, format_bytes
 
@@ -101,9 +101,14 @@ class PosixTier(Tier):
             disk_bytes = int(self._report.free_bytes * _DEFAULT_FREE_FRACTION)
         self._limit_bytes = round_down(disk_bytes, self._allocator.alignment)
         self._file_bytes = 0
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
         self._num_active = 0
         self._is_closed = False
+
+    @property
+    def report(self) -> DirectoryReport:
+        """What the directory can do."""
+        return self._report
 
     @property
     def is_direct(self) -> bool:
@@ -113,13 +118,13 @@ class PosixTier(Tier):
     @property
     def used_bytes(self) -> int:
         """Bytes reserved now."""
-        with self._condition:
+        with self._lock:
             return self._allocator.used_bytes
 
     @property
     def free_bytes(self) -> int:
         """Bytes left of the budget; the drive may have less."""
-        with self._condition:
+        with self._lock:
             return 0 if self._is_closed else self._limit_bytes - self._allocator.used_bytes
 
     def describe(self) -> str:
@@ -130,7 +135,7 @@ class PosixTier(Tier):
 
     def allocate(self, nbytes: int) -> Extent:
         """Reserve room, growing the file if need be; see :meth:`Tier.allocate`."""
-        with self._condition:
+        with self._lock:
             if self._is_closed:
                 raise self._no_room(nbytes, "the tier is closed", None, "close it after the last store")
             extent = self._allocator.allocate(nbytes, self._file_bytes)
@@ -160,16 +165,23 @@ class PosixTier(Tier):
 
     def free(self, extent: Extent) -> None:
         """Give an extent back; its bytes in the file are used again."""
-        with self._condition:
+        with self._lock:
             if not self._is_closed:
                 self._allocator.free(extent)
 
     def close(self) -> None:
-        """Wait for transfers under way, then let the file and its space go."""
-        with self._condition:
+        """Let the file and its space go, at once or with the end of the last transfer under way.
+
+        It never waits: a transfer may hang in the kernel, and the collector may call
+        this in the very thread that transfers.
+        """
+        with self._lock:
             self._is_closed = True
-            # A closed descriptor's number is reused: a late write would hit another file.
-            self._condition.wait_for(lambda: self._num_active == 0)
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        # A closed descriptor's number is reused: a late write would hit another file.
+        if self._is_closed and self._num_active == 0:
             with contextlib.suppress(OSError):  # late write errors: nobody needs the bytes
                 self._close_fd()
 
@@ -237,7 +249,7 @@ class PosixTier(Tier):
                 f"a transfer of {extent.nbytes} bytes was given a tensor of {tensor.numel()} {tensor.dtype} "
                 "(expected as many, uint8, contiguous)"
             )
-        with self._condition:
+        with self._lock:
             if self._is_closed:
                 raise self._failure(kind, extent, extent.offset, extent.nbytes, "the tier is closed", None)
             if extent not in self._allocator:
@@ -249,10 +261,9 @@ class PosixTier(Tier):
             reason = f"no staging memory: {error.message}"
             raise self._failure(kind, extent, extent.offset, extent.nbytes, reason, error.errno) from error
         finally:
-            with self._condition:
+            with self._lock:
                 self._num_active -= 1
-                if self._num_active == 0:
-                    self._condition.notify_all()
+                self._close_if_unused()
 
     def _in_place_bytes(self, extent: Extent, tensor: Tensor) -> int:
         """Count the bytes, from the first, that the drive may move without staging."""

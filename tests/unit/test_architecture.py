@@ -149,7 +149,7 @@ CONFINED = [
     ("kvikio", ("storage.gds",), None),
     ("torch.cuda.Stream", ("streams",), None),
     ("torch.cuda.Event", ("streams",), None),
-    ("threading", ("transfer", "cache", "storage", "bench", "doctor"), None),
+    ("threading", ("transfer", "cache", "hooks", "storage", "bench", "doctor"), None),
     ("concurrent.futures", ("transfer", "cache", "storage", "bench", "doctor"), None),
 ]
 

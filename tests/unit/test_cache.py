@@ -111,7 +111,7 @@ def test_one_storage_is_stored_once():
     with CacheRig(MemoryTier()) as rig:
         base = torch.randn(4, 12)
         q, k, v = base.chunk(3, 1)
-        handles = [rig.cache.put(view) for view in (q, k, v, base.t(), q.t(), base.detach())]
+        handles = [rig.cache.put(view) for view in (q, k, v, base.t(), q.t(), base)]
         expected = [view.clone() for view in (q, k, v, base.t(), q.t(), base)]
         rig.settle()
         assert rig.tier.counts["write"] == 1
@@ -123,6 +123,20 @@ def test_one_storage_is_stored_once():
         stats = settled(rig)
         assert stats.stored_bytes == 4 * 12 * 4
         assert stats.deduplicated_bytes > 0
+        assert_empty(rig)
+
+
+def test_a_detached_alias_is_stored_again_because_its_counter_cannot_be_compared():
+    with CacheRig(MemoryTier()) as rig:
+        base = torch.randn(4, 12)
+        handles = [rig.cache.put(base), rig.cache.put(base.detach()), rig.cache.put(base.data)]
+        rig.settle()
+        assert rig.tier.counts["write"] == 3
+        for handle in handles:
+            assert torch.equal(rig.cache.get(handle), base)
+        del base, handle
+        handles.clear()
+        assert settled(rig).saved_bytes == 4 * 12 * 4, "in memory it is there only once"
         assert_empty(rig)
 
 

@@ -64,12 +64,26 @@ def test_paths_may_be_left_out_where_no_drive_is_used(options):
 
 @pytest.mark.parametrize("fraction", [0, 0.0, 0.5, 1, 1.0])
 def test_a_fraction_is_taken_from_nought_to_one(fraction):
-    assert OffloadConfig(paths="/mnt/x", offload_fraction=fraction).offload_fraction == fraction
+    assert OffloadConfig(paths="/mnt/x", policy="fraction", offload_fraction=fraction).offload_fraction == fraction
 
 
 def test_every_default_is_itself_valid():
     defaults = {name: field.default for name, field in OffloadConfig.model_fields.items()}
-    assert OffloadConfig(**{**defaults, "paths": "/mnt/x"}) == OffloadConfig(paths="/mnt/x")
+    given = {**defaults, "paths": "/mnt/x", "policy": "fraction"}
+    assert OffloadConfig(**given) == OffloadConfig(paths="/mnt/x", policy="fraction")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"paths": "/mnt/x", "offload_fraction": 0.5}, "offload_fraction"),
+        ({"paths": "/mnt/x", "policy": "none", "offload_fraction": 0.5}, "offload_fraction"),
+        ({"host_bytes": "1 GiB", "disk_bytes": "1 GiB"}, "disk_bytes"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, name):
+    with pytest.raises(ConfigError, match=f"{name}: does nothing"):
+        OffloadConfig(**options)
 
 
 def test_a_config_is_frozen():

@@ -1,5 +1,8 @@
 """Which storage, which bytes of it, which counter, and is it a parameter?"""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +18,8 @@ from ssdtrain_plugin.identity import (
     TensorView,
     is_parameter,
     is_plain,
+    owner_of,
     revive,
-    shares_version,
     span_of,
     version_probe,
 )
@@ -126,16 +129,25 @@ def test_probes_of_every_dtype(dtype):
     assert probe._version == tensor._version > 0
 
 
-def test_who_shares_a_version_counter():
+def test_who_stands_for_a_version_counter():
     x = torch.zeros(8)
-    probe = version_probe(x)
-    assert shares_version(x, probe)
-    assert shares_version(x[2:], probe)
-    assert shares_version(x.detach(), probe)
-    assert not shares_version(x.data, probe)
+    assert owner_of(x) is x
+    assert owner_of(x[2:]) is x
+    assert owner_of(x[2:].view(2, 3)) is x
+    # Another counter, or one that cannot be told apart: never the same owner.
+    assert owner_of(x.data) is not x
+    assert owner_of(x.detach()) is not x
     a, b = torch.unsafe_chunk(x, 2)
-    assert not shares_version(a, version_probe(b))
-    assert x._version == 0, "put back"
+    assert owner_of(a) is not owner_of(b)
+
+
+def test_the_owner_is_one_object_although_python_forgot_it():
+    x = torch.ones(4)
+    view, owner = x[1:], weakref.ref(x)
+    del x  # now only the view, in C++, holds its base
+    gc.collect()
+    assert owner() is not None
+    assert owner_of(view) is owner()
 
 
 def test_revive_gives_the_same_storage_or_none():

@@ -1,6 +1,7 @@
 """The state of a record has few legal moves; all others are a defect and say so."""
 
 import itertools
+import weakref
 from collections import deque
 
 import pytest
@@ -20,7 +21,7 @@ LEGAL = {
 
 
 def make_record():
-    return Record(7, 1234, Span(0, 16), 0)
+    return Record(7, 1234, Span(0, 16), 0, weakref.ref(torch.ones(1)))
 
 
 @pytest.mark.parametrize(("start", "end"), list(itertools.product(State, State)))
