@@ -130,7 +130,10 @@ def read_block(config: object) -> OffloadConfig | None:
     source = f'the "{BLOCK}" block of {source}'
     if not isinstance(block, Mapping):
         raise ConfigError(source, [f"{block!r} (expected a mapping of option names to values)"])
-    return check({**_defaults(parsed), **block}, source=source, local_rank=_local_rank())
+    defaults = _defaults(parsed)
+    if "host_bytes" in block:
+        defaults.pop("paths", None)  # host memory alone was asked for
+    return check({**defaults, **block}, source=source, local_rank=_local_rank())
 
 
 def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
