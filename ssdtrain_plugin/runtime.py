@@ -53,7 +53,7 @@ class Offloader:
         arenas: Host memory, closed last.
         writer: Gets every step, or None.
         rank: Global rank of the process.
-        announce: Says the start-up line and the after-warm-up line.
+        speaks: Whether to say what a user should read once; else it goes to the log at DEBUG.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Offloader:
         arenas: tuple[HostArena, ...],
         writer: StatsWriter | None,
         rank: int,
-        announce: Callable[[str], None],
+        speaks: bool,
     ) -> None:
         """Take ownership of the parts."""
         self.cache = cache
@@ -74,7 +74,7 @@ class Offloader:
         self._tiers = dict(tiers)
         self._writer = writer
         self._rank = rank
-        self._announce = announce
+        self._speaks = speaks
         self._undo: list[Callable[[], None]] = []
         self._totals = RunTotals(rank)
         # Also runs at interpreter exit, so that no worker is inside a system call then.
@@ -103,10 +103,8 @@ class Offloader:
             self._writer.write(stats)
         if self._totals.num_steps == _WARM_UP_STEPS:
             line, has_moved = after_warm_up(stats)
-            if self._tiers and not has_moved:
-                logger.warning("%s", line)
-            else:
-                self._announce(line)
+            level = logging.WARNING if self._tiers and not has_moved else logging.INFO
+            logger.log(level if self._speaks else logging.DEBUG, "%s", line)
         return stats
 
     def report(self) -> str:
@@ -227,7 +225,7 @@ def build(
     *,
     device: torch.device,
     rank: int,
-    announce: Callable[[str], None] | None = None,
+    speaks: bool = True,
     ends_steps_itself: bool = True,
 ) -> Offloader:
     """Wire everything for one device of one rank.
@@ -236,11 +234,11 @@ def build(
         config: Checked by :func:`check`.
         device: Where the activations are.
         rank: Global rank of the process.
-        announce: Says what a user should read once; by default the log at INFO.
+        speaks: Whether to log at INFO what a user should read once; ranks that have
+            the same to say as another one do not speak.
         ends_steps_itself: End a step when nothing saved is alive and a forward
             begins. Hosts that know when a step ends pass False.
     """
-    announce = announce or (lambda line: logger.info("%s", line))
     streams = create_streams(device)
     arena = HostArena(streams)
     tiers: dict[Placement, Tier] = {}
@@ -273,13 +271,14 @@ def build(
         arenas=(arena,),
         writer=writer,
         rank=rank,
-        announce=announce,
+        speaks=speaks,
     )
     if ends_steps_itself:
         hooks.end_step = weakref.WeakMethod(offloader.end_step)
     where = "; ".join(tier.describe() for tier in tiers.values()) or "nowhere, only counting"
     if config.enabled:
-        announce(f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config, tiers)}")
+        line = f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config, tiers)}"
+        logger.log(logging.INFO if speaks else logging.DEBUG, "%s", line)
     return offloader
 
 

@@ -167,7 +167,7 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
         config,
         device=torch.device(engine.device),
         rank=engine.global_rank,
-        announce=logger.info if is_speaker else logger.debug,
+        speaks=is_speaker,
         ends_steps_itself=False,
     )
     module = engine.module

@@ -104,19 +104,25 @@ def test_placeholders_are_expanded_and_paths_checked(tmp_path):
         prepare(config, local_rank=4)
 
 
-def test_after_warm_up_one_line_is_said(tmp_path):
-    model, said = Model(), []
-    with build(options(tmp_path), device=torch.device("cpu"), rank=2, announce=said.append) as offloader:
-        assert "rank 2" in said[0]
-        assert str(tmp_path) in said[0]
+@pytest.mark.parametrize("speaks", [True, False])
+def test_after_warm_up_one_line_is_said(tmp_path, caplog, speaks):
+    model = Model()
+    level = logging.INFO if speaks else logging.DEBUG
+    with (
+        caplog.at_level(logging.DEBUG, "ssdtrain_plugin.runtime"),
+        build(options(tmp_path), device=torch.device("cpu"), rank=2, speaks=speaks) as offloader,
+    ):
         for _ in range(4):
             with offloader.hooks.forward():
                 loss = model(torch.randn(4, 16))
             offloader.cache._queue.wait_idle()
             loss.backward()
             offloader.end_step()
-    assert len(said) == 2
-    assert "moved" in said[1]
+    started, warmed_up = [record for record in caplog.records if record.name == "ssdtrain_plugin.runtime"]
+    assert (started.levelno, warmed_up.levelno) == (level, level)
+    assert "rank 2" in started.getMessage()
+    assert str(tmp_path) in started.getMessage()
+    assert "moved" in warmed_up.getMessage()
 
 
 def test_nothing_moved_is_a_warning(tmp_path, caplog):
