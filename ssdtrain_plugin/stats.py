@@ -25,7 +25,8 @@ class StepStats:
         deduplicated_bytes: Saves of a storage that was already known.
         kept_bytes: Bytes that stayed in device memory, by decision or because a store failed.
         host_bytes: Bytes copied to the host tier.
-        peak_activation_bytes: Live saved bytes in device memory, at their highest.
+        peak_activation_bytes: Live saved bytes in device memory, at their highest. What a
+            checkpointed region saves while backward recomputes it is not seen.
         saved_bytes: What would have been live without the plugin, at its highest.
         num_loads_on_demand: Loads that no prefetch had started when backward asked.
         stall_seconds: Time that training waited for transfers, both directions.

@@ -155,6 +155,8 @@ def directory_problem(path: str) -> str | None:
         finally:
             os.close(fd)
     except OSError as error:
+        if error.errno == errno.ENOENT and os.path.isdir(path):
+            return f"`{path}`: takes no new files (expected a writable directory on the drive)"
         return f"`{path}`: {_refusal(error)}"
     except ValueError as error:  # a null character in the path
         return f"`{path!r}`: {error} (expected a path)"

@@ -186,3 +186,7 @@ def test_o_direct_that_opens_but_does_not_move_bytes_is_not_used(tmp_path, monke
     monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: 0)
     report = probe_directory(str(tmp_path))
     assert not report.supports_direct
+
+
+def test_a_directory_that_exists_but_takes_no_files_is_not_called_missing():
+    assert "takes no new files" in directory_problem("/proc")
