@@ -26,9 +26,9 @@ from ssdtrain_plugin.records import KeptTensor, Lease, Record, SavedTensor, Stat
 from ssdtrain_plugin.reload import Reloader
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.storage.base import Extent, Tier
-from ssdtrain_plugin.streams import Streams
+from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.table import RecordTable
-from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue
+from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue, TransferState
 
 __all__ = ["TensorCache"]
 
@@ -236,8 +236,9 @@ class TensorCache:
         if place is None:
             return
         tier, extent = place
-        work = partial(tier.write, extent, record.span.bytes_of(storage), self._streams.record())
-        transfer = Transfer(Direction.STORE, nbytes, work, partial(self._on_stored, record, tier, extent))
+        record.data_pointer = storage.data_ptr()
+        work = partial(_write, record, tier, extent, storage, self._streams.record())
+        transfer = Transfer(Direction.STORE, nbytes, work, partial(self._on_stored, record, tier))
         with self._lock:
             self._ledger.counter.stall_seconds += waited
             try:
@@ -248,7 +249,6 @@ class TensorCache:
                 return
             record.move("store", State.STORING)
             record.tier, record.extent, record.store = tier, extent, transfer
-            record.data_pointer = storage.data_ptr()
             self._reloader.schedule.record(self._microbatch, record.serial, nbytes)
 
     def _reserve(self, record: Record, nbytes: int) -> tuple[Tier, Extent] | None:
@@ -272,20 +272,20 @@ class TensorCache:
         self._placer.failures.say()
         return place
 
-    def _on_stored(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
+    def _on_stored(self, record: Record, tier: Tier, transfer: Transfer) -> None:
         """Take note in a worker that a store ended."""
         with self._lock:
             self._ledger.count_store(tier.name, transfer)
             if transfer.error is None and record.storage is not None and record.has_moved(record.storage):
                 # Somebody freed the storage under the store (`resize_(0)`, to recompute
                 # it later): what was written is not what was saved.
-                transfer.error = StoreError("cannot store activation: its storage was freed or moved meanwhile")
+                transfer.error = _freed_meanwhile()
             if transfer.error is not None:
                 self._store_failed(record, tier, transfer.error)
             else:
                 self._placer.failures.succeeded(tier.name)
             if record.state is State.FREED:
-                tier.free(extent)
+                record.free_extent()
             elif transfer.error is not None or record.is_forwarded:
                 self._reloader.stay_resident(record)
             else:
@@ -361,7 +361,7 @@ class TensorCache:
         account.dismiss(record.would_be_bytes)
         pending = record.store if state is State.STORING else record.load if state is State.LOADING else None
         # A transfer that runs frees the extent when it ends.
-        if pending is None or self._queue.cancel(pending):
+        if pending is None or pending.state is TransferState.DONE or self._queue.cancel(pending):
             record.free_extent()
         record.storage = None
         self._reloader.arrive(record)
@@ -375,3 +375,14 @@ class TensorCache:
             account.drop(record.held_bytes)
         if record.tier is not None:
             self._reloader.schedule.forget(record.serial)
+
+
+def _write(record: Record, tier: Tier, extent: Extent, storage: torch.UntypedStorage, ready: DeviceEvent) -> None:
+    """Write the bytes of a record, unless somebody has freed them since; runs in a worker."""
+    if record.has_moved(storage):
+        raise _freed_meanwhile()
+    tier.write(extent, record.span.bytes_of(storage), ready)
+
+
+def _freed_meanwhile() -> StoreError:
+    return StoreError("cannot store activation: its storage was freed or moved meanwhile")

@@ -116,6 +116,8 @@ class ModuleHooks:
         self._hooks: SavedTensorHooks | None = hooks
         self._owner: object = owner
         self._local = threading.local()
+        self._num_open = 0
+        self._count_lock = threading.RLock()
         # First in, last out, so that other hooks' saves are covered as well; and
         # called when forward raises, so that no context is left open.
         self._handles: tuple[RemovableHandle, ...] = (
@@ -127,6 +129,7 @@ class ModuleHooks:
     def _inert(cls) -> ModuleHooks:
         hooks = cls.__new__(cls)
         hooks._hooks, hooks._owner, hooks._local, hooks._handles = None, None, threading.local(), ()
+        hooks._num_open, hooks._count_lock = 0, threading.RLock()
         return hooks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHooks:
@@ -160,21 +163,36 @@ class ModuleHooks:
         stack = contextlib.ExitStack()
         stack.enter_context(self._hooks.forward())
         self._open.append((sys._getframe(1), stack))
+        with self._count_lock:
+            self._num_open += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._open:
-            self._open.pop()[1].close()
+            self._close_last()
+
+    def _close_last(self) -> None:
+        self._open.pop()[1].close()
+        with self._count_lock:
+            self._num_open -= 1
+        self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        """Take the leave-hook off when nothing is left to leave: detach may come from inside a forward."""
+        with self._count_lock:
+            if self._hooks is None and not self._num_open:
+                for handle in self._handles:
+                    handle.remove()
 
     def _close_stale(self) -> None:
         """Leave contexts whose forward was interrupted: torch calls no hook on Ctrl-C."""
         while self._open and not _is_running(self._open[-1][0]):
-            self._open.pop()[1].close()
+            self._close_last()
 
     def remove(self) -> None:
-        """Take both hooks off. Calling it twice does nothing."""
-        for handle in self._handles:
-            handle.remove()
+        """Take both hooks off, or let the forwards that are running do it. Calling it twice does nothing."""
         self._close_stale()
+        self._hooks = None
+        self._remove_if_unused()
 
 
 def _is_running(frame: FrameType) -> bool:

@@ -322,10 +322,11 @@ class SavedTensor:
         Raises:
             LoadError: Somebody freed the storage.
         """
-        if storage.nbytes() < self.lease.record.span.nbytes:
+        span = self.lease.record.span
+        if storage.nbytes() < span.first_byte + span.nbytes - first_byte:
             raise LoadError(
                 f"cannot give back the activation {tuple(self.view.shape)} {self.view.dtype}: its storage was freed "
-                f"({storage.nbytes()} bytes, expected {self.lease.record.span.nbytes})",
+                f"({storage.nbytes()} bytes, expected {span.first_byte + span.nbytes - first_byte})",
                 hint="whoever called resize_(0) on a saved tensor must fill it again before backward",
             )
         tensor = self.probe.detach()

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain_plugin.errors import CapacityError, QueueClosedError
+from ssdtrain_plugin.errors import CapacityError, QueueClosedError, StateError
 from ssdtrain_plugin.ledger import Ledger
 from ssdtrain_plugin.records import Record, SavedTensor, State
 from ssdtrain_plugin.schedule import ReloadSchedule
-from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.streams import Streams
 from ssdtrain_plugin.table import RecordTable
 from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue
@@ -129,7 +128,7 @@ class Reloader:
         Args:
             microbatch: Whose backward is next or running.
         """
-        if self._queue.is_closed:
+        if self._queue.is_closed():
             return
         room_bytes = self._prefetch_bytes - self._ahead_bytes
         for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
@@ -143,8 +142,15 @@ class Reloader:
                 self._forward(record)
             elif record.state is State.STORED:
                 # No memory for a load ahead of time is no error: it is tried again on demand.
-                with contextlib.suppress(torch.OutOfMemoryError, CapacityError, MemoryError, OSError):
+                # A closed queue or arena is reported where bytes are really missing.
+                try:
                     self._bring_ahead(record)
+                except (torch.OutOfMemoryError, CapacityError, MemoryError, OSError):
+                    continue
+                except (QueueClosedError, StateError):
+                    if not self._queue.is_closed():
+                        raise
+                    return
 
     def arrive(self, record: Record) -> None:
         """Stop counting a record as ahead of backward.
@@ -198,7 +204,7 @@ class Reloader:
         record.hold(target.untyped_storage(), record.span.first_byte, extent.nbytes)
         self._ledger.account.hold(extent.nbytes)
         work = partial(tier.read, extent, target, self._streams.record())
-        transfer = Transfer(Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record, tier, extent))
+        transfer = Transfer(Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record))
         record.load = transfer
         try:
             self._queue.submit(transfer, is_urgent=is_urgent)
@@ -207,12 +213,12 @@ class Reloader:
             raise
         return transfer
 
-    def _on_loaded(self, record: Record, tier: Tier, extent: Extent, transfer: Transfer) -> None:
+    def _on_loaded(self, record: Record, transfer: Transfer) -> None:
         """Take note in a worker that a load ended."""
         with self._lock:
             self._ledger.count_load(transfer)
             if record.state is State.FREED:
-                tier.free(extent)
+                record.free_extent()
             elif transfer.error is None:
                 record.move("finish the load", State.LOADED)
             else:

@@ -199,7 +199,10 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
 
 def _stats_problem(directory: Path) -> str | None:
     """Say why no file can be written in a directory that may not exist yet."""
-    parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    try:
+        parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    except OSError as error:
+        return f"`{directory}`: {error.strerror} (expected a writable directory)"
     if not parent.is_dir():
         return f"`{directory}`: `{parent}` is a file (expected a directory)"
     if not os.access(parent, os.W_OK | os.X_OK):

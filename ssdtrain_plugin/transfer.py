@@ -126,7 +126,6 @@ class TransferQueue:
         """Bytes of stores queued or running."""
         return self._inflight_bytes
 
-    @property
     def is_closed(self) -> bool:
         """Whether nothing more can be queued."""
         return self._is_closed
@@ -192,8 +191,8 @@ class TransferQueue:
         if len(threads) < min(self._io_threads, num_queued):
             name = f"ssdtrain-{direction.value}-{len(threads)}"
             thread = threading.Thread(target=self._serve, args=(direction,), name=name, daemon=True)
-            threads.append(thread)
             thread.start()
+            threads.append(thread)
 
     def cancel(self, transfer: Transfer) -> bool:
         """Take back a transfer that has not started.
@@ -275,7 +274,8 @@ class TransferQueue:
         while (transfer := self._next(direction)) is not None:
             try:
                 transfer.run()
-            except BaseException:
+            except BaseException as error:  # a thread's top: whoever waits must get an answer
+                transfer.error = transfer.error or error.with_traceback(None)
                 logger.exception("a transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
             finally:
                 with self._lock:

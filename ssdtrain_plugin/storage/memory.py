@@ -109,7 +109,8 @@ class HostArena:
         self._streams = streams
         self._slab_bytes = round_up(max(slab_bytes, 1), BLOCK_ALIGNMENT)
         self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        # Reentrant: a collection inside a locked region may run the finalizer that closes the arena.
+        self._lock = threading.RLock()
         self._slabs: list[_Slab] = []
         self._live: dict[int, int] = {}  # address of a block -> bytes asked for
         self._returned: deque[_Block] = deque()

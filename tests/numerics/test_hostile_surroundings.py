@@ -13,6 +13,9 @@ from training import assert_nothing_held
 
 import ssdtrain_plugin as ssdtrain
 from ssdtrain_plugin.errors import LoadError, SavedTensorMutatedError
+from ssdtrain_plugin.hooks import active_hooks
+from ssdtrain_plugin.storage.memory import HostArena
+from ssdtrain_plugin.transfer import Direction, Transfer
 
 
 class WritesInBackward(torch.autograd.Function):
@@ -194,3 +197,63 @@ def test_attaching_twice_is_refused(tmp_path):
         with pytest.raises(ssdtrain.StateError, match="attached already"):
             ssdtrain.attach(model, config)
     ssdtrain.attach(model, config).detach()
+
+
+def test_detaching_inside_a_forward_leaves_nothing_on(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1})
+    model[1].register_forward_hook(lambda *_: offloader.detach())
+    model(torch.randn(4, 16))
+    assert active_hooks() is None
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    model[1]._forward_hooks.clear()
+    with ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1}) as again:
+        model(torch.randn(4, 16)).sum().backward()
+        assert again.end_step().microbatches == 1
+
+
+def test_a_collection_inside_the_arena_does_not_stop_the_backward(tmp_path, monkeypatch):
+    """1. Only the loss of an attached model is left. 2. A load takes memory. 3. A collection closes the arena there."""
+
+    def build():
+        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1})
+        loss = model(torch.randn(8, 64)).square().sum()
+        offloader.cache._queue.wait_idle()
+        return loss
+
+    real = HostArena._take
+
+    def collecting(arena, nbytes):
+        gc.collect()
+        return real(arena, nbytes)
+
+    monkeypatch.setattr(HostArena, "_take", collecting)
+    with pytest.raises(LoadError, match="detached"):
+        build().backward()
+
+
+@pytest.mark.parametrize("tier", ["host", "ssd"])
+def test_a_storage_freed_before_its_store_begins_is_not_read(tmp_path, tier):
+    held = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            held.append(x.exp())
+            return held[-1].sin().sum()
+
+    model = Model()
+    options = {"host_bytes": "64 MiB"} if tier == "host" else {"paths": str(tmp_path)}
+    with ssdtrain.attach(model, {**options, "min_tensor_bytes": 1, "io_threads": 1}) as offloader:
+        gate = threading.Event()
+        queue = offloader.cache._queue
+        queue.submit(Transfer(Direction.STORE, 1, lambda: gate.wait(60) and None, lambda transfer: None))
+        loss = model(torch.ones(1 << 16, requires_grad=True))
+        held[0].untyped_storage().resize_(0)
+        gate.set()
+        queue.wait_idle()
+        with pytest.raises(LoadError, match="its storage was freed"):
+            loss.backward()
+        del loss
+        assert sum(offloader.end_step().failures.values()) == 1
