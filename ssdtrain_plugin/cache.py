@@ -231,7 +231,6 @@ class TensorCache:
     def _submit_store(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Send a new record's bytes to its tier; on failure they stay."""
         nbytes = record.span.nbytes
-        waited = self._queue.wait_for_room(nbytes)
         place = self._reserve(record, nbytes)
         if place is None:
             return
@@ -240,7 +239,6 @@ class TensorCache:
         work = partial(_write, record, tier, extent, storage, self._streams.record())
         transfer = Transfer(Direction.STORE, nbytes, work, partial(self._on_stored, record, tier))
         with self._lock:
-            self._ledger.counter.stall_seconds += waited
             try:
                 self._queue.submit(transfer)  # its end waits for the lock
             except QueueClosedError as error:
@@ -252,7 +250,8 @@ class TensorCache:
             self._reloader.schedule.record(self._microbatch, record.serial, nbytes)
 
     def _reserve(self, record: Record, nbytes: int) -> tuple[Tier, Extent] | None:
-        """Find room on the tier that was chosen, or else on another; None if there is none."""
+        """Wait for room in the queue; find room on the chosen tier, or else on another; None if there is none."""
+        waited = self._queue.wait_for_room(nbytes)
         failed: list[tuple[Tier, Exception]] = []
         place: tuple[Tier, Extent] | None = None
         for tier in self._placer.candidates(record.tier, self._ledger.step):
@@ -263,10 +262,11 @@ class TensorCache:
                 # Without its frames, which would hold the tensor: the list and they are a cycle.
                 failed.append((tier, error.with_traceback(None)))
         with self._lock:
+            self._ledger.counter.stall_seconds += waited
             for tier, cause in failed:
                 # A budget that is used up is no failure if the next tier has room.
                 if place is None or getattr(cause, "errno", None) is not None:
-                    self._placer.failures.failed(tier.name, cause, self._ledger.step, self._ledger.counter.failures)
+                    self._count_failure(tier, cause)
             if place is None:
                 self._ledger.counter.kept_bytes += nbytes
         self._placer.failures.say()
@@ -296,6 +296,9 @@ class TensorCache:
 
     def _store_failed(self, record: Record, tier: Tier, error: BaseException) -> None:
         self._ledger.counter.kept_bytes += record.span.nbytes
+        self._count_failure(tier, error)
+
+    def _count_failure(self, tier: Tier, error: BaseException) -> None:
         self._placer.failures.failed(tier.name, error, self._ledger.step, self._ledger.counter.failures)
 
     def get(self, saved: SavedTensor | KeptTensor) -> Tensor:
