@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH_PATH ?= .cache/bench
 
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
@@ -56,6 +57,7 @@ demo: compiler $(STAMP) ## Train a small GPT twice, with and without the plugin,
 	@$(BIN)/python launch/demo.py
 
 test: compiler lint type ## Lint, types and all tests in random order.
+	@$(BIN)/python tools/build_aio.py
 	@$(BIN)/python -m pytest -p randomly $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Check style and format.
@@ -72,8 +74,12 @@ format: $(STAMP) ## Rewrite the sources in the project's format.
 docs: $(STAMP) ## Write the option table of the user guide again from the config.
 	@$(BIN)/python tools/option_table.py
 
-bench: $(STAMP) ## Measure the cost of the hooks per saved tensor.
+bench: $(STAMP) ## Measure hooks, engines, a training step and the policies, on BENCH_PATH (half an hour).
+	@mkdir -p $(BENCH_PATH)
 	@$(BIN)/ssdtrain bench hooks
+	@$(BIN)/ssdtrain bench io $(BENCH_PATH)
+	@$(BIN)/ssdtrain bench step $(BENCH_PATH)
+	@$(BIN)/ssdtrain bench adapt $(BENCH_PATH) --output $(BENCH_PATH)
 
 clean: ## Remove the environment, the caches and built files.
 	@rm -rf .venv .cache .hypothesis build dist *.egg-info

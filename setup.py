@@ -42,9 +42,11 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.16,<1"],
         "megatron": ["megatron-core>=0.16.1,<1"],
-        # `ssdtrain bench` needs nothing beyond the base today; the name is there to be relied on.
-        "bench": [],
+        "gds": ["kvikio-cu12>=25.4"],
+        "bench": ["matplotlib>=3.8,<4", "scipy>=1.11,<2"],
         "dev": [
+            "matplotlib>=3.8,<4",
+            "scipy>=1.11,<2",
             "pytest>=8,<10",
             "pytest-randomly>=3.15,<6",
             "pytest-timeout>=2.3,<3",

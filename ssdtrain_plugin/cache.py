@@ -9,6 +9,7 @@ then queue or tier.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -17,16 +18,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from ssdtrain_plugin.errors import QueueClosedError, StorageError, StoreError
+from ssdtrain_plugin.errors import QueueClosedError, StorageError
+from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.identity import ResidentStorages, TensorView, is_parameter, is_plain, version_probe
 from ssdtrain_plugin.ledger import Ledger
+from ssdtrain_plugin.migration import Migrator
+from ssdtrain_plugin.observing import StepObserver
 from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
-from ssdtrain_plugin.records import KeptTensor, Lease, Record, SavedTensor, State
-from ssdtrain_plugin.reload import Reloader
+from ssdtrain_plugin.records import KeptTensor, Lease, Record, SavedTensor, State, freed_meanwhile
+from ssdtrain_plugin.reload import Reloader, lane_of
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.storage.base import Extent, Tier
-from ssdtrain_plugin.streams import DeviceEvent, Streams
+from ssdtrain_plugin.streams import Streams
 from ssdtrain_plugin.table import RecordTable
 from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue, TransferState
 
@@ -77,6 +81,22 @@ class TensorCache:
             allocate_target=allocate_target,
             prefetch_bytes=prefetch_bytes,
         )
+        self._migrator = (
+            None
+            if len(tiers) < 2
+            else Migrator(
+                lock=self._lock,
+                queue=queue,
+                table=self._table,
+                ledger=self._ledger,
+                schedule=self._reloader.schedule,
+                placer=self._placer,
+                tiers=tiers,
+                promote_bytes=prefetch_bytes,
+            )
+        )
+        self._reloader.observer = self._migrator
+        self._observer = StepObserver(tiers, time.perf_counter, streams.mark, is_on=policy.is_learning)
         self._microbatch = -1
         self._backward_microbatch = -1
 
@@ -95,6 +115,7 @@ class TensorCache:
             self._microbatch += 1
             self._ledger.begin_forward()
             self._placer.begin_forward()
+            self._observer.profiler.begin_forward(self._microbatch)
             return self._microbatch
 
     def end_forward(self, seconds: float, *, is_whole: bool = True) -> None:
@@ -106,6 +127,7 @@ class TensorCache:
         """
         with self._lock:
             self._ledger.counter.forward_seconds += seconds
+            self._observer.profiler.end_forward()
             if is_whole:
                 self._placer.end_forward()
 
@@ -118,6 +140,16 @@ class TensorCache:
         with self._lock:
             self._begin_backward(microbatch)
 
+    def announce_backward(self, microbatch: int) -> None:
+        """Load ahead for the backward after the present pass, when that needs no more.
+
+        Args:
+            microbatch: As returned by :meth:`begin_forward`; its forward has ended.
+        """
+        with self._lock:
+            self._drain()
+            self._reloader.announce(microbatch, self._placer.policy.load_bounds())
+
     def end_backward(self, seconds: float) -> None:
         """Take the host's own time of a backward instead of first to last unpack.
 
@@ -126,6 +158,7 @@ class TensorCache:
         """
         with self._lock:
             self._ledger.end_backward(seconds)
+            self._observer.profiler.end_backward()
 
     def is_idle(self) -> bool:
         """Tell whether no graph holds anything any more."""
@@ -154,10 +187,17 @@ class TensorCache:
         """
         with self._lock:
             self._drain()
-            policy = self._placer.policy
-            stats = self._ledger.end_step(rank=rank, plan=policy.explain(), is_idle=not len(self._table))
-            policy.observe(stats)
+            plan, is_idle = self._placer.policy.explain(), not len(self._table)
+            stats = self._ledger.end_step(rank=rank, plan=plan, is_idle=is_idle)
+            self._placer.end_step()
+            self._reloader.forget_kept()
+            self._placer.policy.observe(self._observer.end_step(stats))
         return stats
+
+    def take_remark(self) -> str | None:
+        """Take what the policy has to say to the user, once."""
+        with self._lock:
+            return self._placer.policy.take_remark()
 
     def put(self, tensor: Tensor) -> SavedTensor | KeptTensor:
         """Take a tensor that autograd saves; autograd's pack hook.
@@ -212,7 +252,11 @@ class TensorCache:
         lease = self._table.add(storage, tensor, version)
         record, storage_bytes = lease.record, storage.nbytes()
         span = record.span
-        record.tier = self._placer.choose(storage, span.nbytes, self._ledger.step)
+        is_movable = self._placer.is_movable(storage, span.nbytes)
+        self._observer.profiler.saved(record.serial, span.nbytes, is_movable=is_movable)
+        record.tier = self._placer.choose(
+            span.nbytes, self._ledger.step, is_movable=is_movable, inflight_bytes=self._queue.inflight_bytes
+        )
         # Several records of one storage pin it only once.
         record.held_bytes = record.would_be_bytes
         if record.tier is not None:
@@ -221,6 +265,7 @@ class TensorCache:
             record.dead_handles = []
         else:
             self._ledger.counter.kept_bytes += span.nbytes
+            self._reloader.keep(record, self._microbatch)
             if self._placer.pins_more_than_it_saves(span.nbytes, storage_bytes):
                 record.hold(span.bytes_of(storage).clone().untyped_storage(), span.first_byte, span.nbytes)
                 record.is_copy = True
@@ -236,8 +281,10 @@ class TensorCache:
             return
         tier, extent = place
         record.data_pointer = storage.data_ptr()
-        work = partial(_write, record, tier, extent, storage, self._streams.record())
-        transfer = Transfer(Direction.STORE, nbytes, work, partial(self._on_stored, record, tier))
+        work = partial(record.write, tier, extent, storage, self._streams.record())
+        transfer = Transfer(
+            Direction.STORE, nbytes, work, partial(self._on_stored, record, tier), lane_of(tier, extent)
+        )
         with self._lock:
             try:
                 self._queue.submit(transfer)  # its end waits for the lock
@@ -246,8 +293,11 @@ class TensorCache:
                 self._store_failed(record, tier, error)
                 return
             record.move("store", State.STORING)
+            chosen = record.tier
             record.tier, record.extent, record.store = tier, extent, transfer
-            self._reloader.schedule.record(self._microbatch, record.serial, nbytes)
+            self._reloader.offload(record, self._microbatch)
+            if self._migrator is not None:
+                self._migrator.make_room(record, chosen, self._microbatch)
 
     def _reserve(self, record: Record, nbytes: int) -> tuple[Tier, Extent] | None:
         """Wait for room in the queue; find room on the chosen tier, or else on another; None if there is none."""
@@ -259,8 +309,7 @@ class TensorCache:
                 place = tier, tier.allocate(nbytes)
                 break
             except (StorageError, OSError) as error:
-                # Without its frames, which would hold the tensor: the list and they are a cycle.
-                failed.append((tier, error.with_traceback(None)))
+                failed.append((tier, without_frames(error)))
         with self._lock:
             self._ledger.counter.stall_seconds += waited
             for tier, cause in failed:
@@ -276,16 +325,18 @@ class TensorCache:
         """Take note in a worker that a store ended."""
         with self._lock:
             self._ledger.count_store(tier.name, transfer)
+            for survived in tier.take_survived():
+                self._placer.failures.survived(tier.name, survived, self._ledger.counter.failures)
             if transfer.error is None and record.storage is not None and record.has_moved(record.storage):
                 # Somebody freed the storage under the store (`resize_(0)`, to recompute
                 # it later): what was written is not what was saved.
-                transfer.error = _freed_meanwhile()
+                transfer.error = freed_meanwhile()
             if transfer.error is not None:
                 self._store_failed(record, tier, transfer.error)
             else:
                 self._placer.failures.succeeded(tier.name)
             if record.state is State.FREED:
-                record.free_extent()
+                record.end_transfer()
             elif transfer.error is not None or record.is_forwarded:
                 self._reloader.stay_resident(record)
             else:
@@ -325,7 +376,10 @@ class TensorCache:
                 self._begin_backward(saved.microbatch)
                 is_late = saved.lease is not None and saved.lease.record.state is State.LOADING
                 self._ledger.counter.num_loads_on_demand += is_late
+            if saved.lease is not None:
+                self._observer.profiler.needed(saved.lease.record.serial, saved.microbatch)
             if isinstance(saved, KeptTensor):
+                self._pass_by(saved)
                 return saved.get()
             saved.check_version()
         record = saved.lease.record
@@ -336,8 +390,11 @@ class TensorCache:
                 storage = self._reloader.find(record)
                 if storage is not None:
                     self._ledger.counter.stall_seconds += waited
+                    self._observer.profiler.stalled(waited)
                     tensor = self._reloader.hand_out(saved, storage)
                     self._reloader.prefetch(saved.microbatch)
+                    if self._migrator is not None:
+                        self._migrator.promote()
                     return tensor
                 try:
                     transfer = self._reloader.demand(record, saved.microbatch)
@@ -347,10 +404,19 @@ class TensorCache:
             if transfer.error is not None:
                 raise saved.lost(transfer.error) from transfer.error
 
+    def _pass_by(self, saved: KeptTensor) -> None:
+        """Backward has come to what was kept: loads may run ahead by as much more."""
+        if saved.lease is not None and saved.lease.record.is_ahead:
+            self._drain()
+            self._reloader.arrive(saved.lease.record)
+            self._reloader.prefetch(saved.microbatch)
+
     def _begin_backward(self, microbatch: int) -> None:
         self._drain()
         self._backward_microbatch = microbatch
-        self._reloader.prefetch(microbatch)
+        self._reloader.begin_backward(microbatch, self._placer.policy.load_bounds())
+        if self._migrator is not None:
+            self._migrator.begin_backward(microbatch)
 
     def _drain(self) -> None:
         """Free records whose last handle died, and take off the account what has really gone."""
@@ -363,8 +429,10 @@ class TensorCache:
         record.move("free", State.FREED)
         account.dismiss(record.would_be_bytes)
         pending = record.store if state is State.STORING else record.load if state is State.LOADING else None
-        # A transfer that runs frees the extent when it ends.
-        if pending is None or pending.state is TransferState.DONE or self._queue.cancel(pending):
+        is_pending = pending is not None and pending.state is not TransferState.DONE and not self._queue.cancel(pending)
+        # The last transfer that runs frees the extent when it ends.
+        record.num_transfers = is_pending + record.is_moving
+        if not record.num_transfers:
             record.free_extent()
         record.storage = None
         self._reloader.arrive(record)
@@ -378,14 +446,5 @@ class TensorCache:
             account.drop(record.held_bytes)
         if record.tier is not None:
             self._reloader.schedule.forget(record.serial)
-
-
-def _write(record: Record, tier: Tier, extent: Extent, storage: torch.UntypedStorage, ready: DeviceEvent) -> None:
-    """Write the bytes of a record, unless somebody has freed them since; runs in a worker."""
-    if record.has_moved(storage):
-        raise _freed_meanwhile()
-    tier.write(extent, record.span.bytes_of(storage), ready)
-
-
-def _freed_meanwhile() -> StoreError:
-    return StoreError("cannot store activation: its storage was freed or moved meanwhile")
+        if state is State.LOADING and not is_pending:
+            self._reloader.load_ended(record.tier)

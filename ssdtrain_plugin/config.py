@@ -24,8 +24,7 @@ __all__ = ["OffloadConfig", "expand_path"]
 
 _SHOULD = re.compile(r"^\w+ should (be|have) (a valid )?")
 _WANTED = {
-    "too_long": "one directory; several drives are not supported yet",
-    "tuple_type": "a directory, or a list of one",
+    "tuple_type": "a directory, or a list of them",
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "int_type": "a whole number",
@@ -69,13 +68,14 @@ class OffloadConfig(BaseModel):
     enabled: bool = Field(default=True, description="Off switch: false trains as if the plugin were not there.")
     paths: Annotated[tuple[Directory, ...], BeforeValidator(_as_paths)] = Field(
         default=(),
-        max_length=1,  # until several drives are striped: an option is used or refused
-        description="Directory on the drive. `{local_rank}` and `{node}` are replaced. "
+        description="Directories on the drives; several share the bytes by load and measured speed. `{local_rank}` and "
+        "`{node}` are replaced. "
         "Needed unless `host_bytes` is given or `policy` is `none`.",
     )
-    policy: Literal["all", "fraction", "none"] = Field(
-        default="all",
-        description="What to offload: `all`; `fraction`, see `offload_fraction`; `none` moves nothing and only counts.",
+    policy: Literal["adaptive", "all", "fraction", "none"] = Field(
+        default="adaptive",
+        description="What to offload: `adaptive` measures, and offloads what hides behind compute; `all`; `fraction`, "
+        "see `offload_fraction`; `none` moves nothing and only counts.",
     )
     offload_fraction: float = Field(
         default=1.0,
@@ -90,23 +90,30 @@ class OffloadConfig(BaseModel):
     )
     host_bytes: Annotated[Bytes, Field(ge=0)] = Field(
         default=0,
-        description="Budget of the host memory tier per rank (bytes). It is filled first, the drive takes the rest.",
+        description="Budget of the host memory tier per rank (bytes). It takes what backward needs first, the drive "
+        "the rest.",
     )
     disk_bytes: PositiveBytes | None = Field(
-        default=None, description="Cap on the extent files per rank (bytes). By default the free space minus 5 %."
+        default=None,
+        description="Cap on the extent files per rank (bytes), shared evenly by `paths`. By default the free space "
+        "minus 5 %.",
     )
     max_inflight_bytes: PositiveBytes = Field(
         default=2 * GIB,
-        description="Stores queued but not done (bytes). When it is reached forward waits, and the wait is counted.",
+        description="Stores queued but not done (bytes). When it is reached, `adaptive` keeps what comes, and the "
+        "others wait and count the wait.",
     )
     prefetch_bytes: PositiveBytes = Field(
-        default=2 * GIB, description="Loads ahead of backward, waiting in device memory (bytes)."
+        default=2 * GIB,
+        description="Loads ahead of backward, waiting in device memory (bytes). `adaptive` takes less where "
+        "less is enough.",
     )
-    io_engine: Literal["auto", "posix"] = Field(
+    io_engine: Literal["auto", "posix", "gds", "aio"] = Field(
         default="auto",
-        description="How bytes reach the drive. A named engine is used or refused; `auto` picks one and says why.",
+        description="How bytes reach the drive: `posix` by system calls, `gds` by GPUDirect Storage, `aio` by "
+        "DeepNVMe. A named engine is used or refused; `auto` picks one and says why.",
     )
-    io_threads: int = Field(default=4, ge=1, le=64, description="Worker threads per direction.")
+    io_threads: int = Field(default=4, ge=1, le=64, description="Worker threads per drive and direction.")
     checkpointing: Literal["offload", "recompute"] = Field(
         default="offload",
         description="What a region checkpointed with DeepSpeed's functions or `ssdtrain.checkpoint` means: `offload` "

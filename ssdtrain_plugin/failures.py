@@ -61,19 +61,29 @@ class FailureLog:
             step: Number of the present step.
             counts: Failures of this step by cause; one is added.
         """
-        number = error.errno if isinstance(error, StorageError | OSError) else None
-        is_budget = isinstance(error, CapacityError) and number is None
-        reason = "budget used up" if is_budget else type(error).__name__
-        cause = f"{tier_name}: {errno.errorcode.get(number, str(number)) if number else reason}"
-        counts[cause] += 1
+        cause, is_budget = _cause(tier_name, error)
         if not is_budget:
             # A budget that is used up frees itself; a drive that fails needs time.
             self._health[tier_name].failed(step)
+        self._count(cause, error, "the tensor stays in memory", counts)
+
+    def survived(self, tier_name: str, error: StorageError, counts: Counter[str]) -> None:
+        """Note what one drive of a tier refused and another one took.
+
+        Args:
+            tier_name: Of the tier.
+            error: Why the first refused.
+            counts: Failures of this step by cause; one is added.
+        """
+        cause, _ = _cause(tier_name, error)
+        place = f"{cause} at {error.path}" if error.path else cause
+        self._count(place, error, "another drive has stored the bytes", counts)
+
+    def _count(self, cause: str, error: BaseException, outcome: str, counts: Counter[str]) -> None:
+        counts[cause] += 1
         if cause not in self._known_causes:
             self._known_causes.add(cause)
-            self._unsaid.append(
-                f"{error}\n\nthe tensor stays in device memory, gradients are not affected; said once per cause"
-            )
+            self._unsaid.append(f"{error}\n\n{outcome}, gradients are not affected; said once per cause")
 
     def say(self) -> None:
         """Log what :meth:`failed` prepared.
@@ -83,3 +93,11 @@ class FailureLog:
         """
         while self._unsaid:
             logger.warning("%s", self._unsaid.popleft())
+
+
+def _cause(tier_name: str, error: BaseException) -> tuple[str, bool]:
+    """Name the cause of a failure, and tell whether only a budget is used up."""
+    number = error.errno if isinstance(error, StorageError | OSError) else None
+    is_budget = isinstance(error, CapacityError) and number is None
+    reason = "budget used up" if is_budget else type(error).__name__
+    return f"{tier_name}: {errno.errorcode.get(number, str(number)) if number else reason}", is_budget

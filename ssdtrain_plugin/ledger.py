@@ -63,6 +63,18 @@ class Ledger:
         elif transfer.error is None:
             self.counter.stored_bytes += transfer.nbytes
 
+    def count_spill(self, transfer: Transfer, nbytes: int) -> None:
+        """Count bytes that were copied from the host tier to the drive.
+
+        They wear the drive as stores do, also if the copy was not needed in the end.
+
+        Args:
+            transfer: Done; its own size is 0, since it holds no device memory.
+            nbytes: Bytes written.
+        """
+        self.counter.store_seconds += transfer.seconds
+        self.counter.stored_bytes += nbytes
+
     def count_load(self, transfer: Transfer) -> None:
         """Count a load that ended.
 

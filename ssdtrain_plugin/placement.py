@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -45,41 +46,66 @@ class Placer:
         self._tiers = dict(tiers)
         self._min_tensor_bytes = min_tensor_bytes
         self._seen_bytes = 0
+        self._slot = -1
+        self._is_first = True
         self._recent_bytes: deque[int] = deque(maxlen=_RECENT_MICROBATCHES)
 
     def begin_forward(self) -> None:
         """Start to count the bytes of a micro-batch."""
         self._seen_bytes = 0
+        self._slot += 1
+        self._is_first = True
+
+    def end_step(self) -> None:
+        """Number the micro-batches from 0 again."""
+        self._slot = -1
 
     def end_forward(self) -> None:
         """Remember the size of the micro-batch for the next ones."""
         self._recent_bytes.append(self._seen_bytes)
 
-    def choose(self, storage: torch.UntypedStorage, nbytes: int, step: int) -> Tier | None:
-        """Choose where a new storage goes.
+    def is_movable(self, storage: torch.UntypedStorage, nbytes: int) -> bool:
+        """Tell whether the policy is asked about a storage; otherwise it is kept.
 
         Args:
             storage: On the training device.
             nbytes: Of its span that is saved.
+        """
+        return nbytes >= self._min_tensor_bytes and storage.data_ptr() % _TORCH_ALIGNMENT_BYTES == 0
+
+    def choose(self, nbytes: int, step: int, *, is_movable: bool, inflight_bytes: int) -> Tier | None:
+        """Choose where a new storage goes.
+
+        Args:
+            nbytes: Of its span that is saved.
             step: Number of the present step.
+            is_movable: From :meth:`is_movable`.
+            inflight_bytes: Of stores that are queued or running.
 
         Returns:
-            A tier, or None to keep it in device memory.
+            The tier that the policy wants, even if it is full; or None to keep it in device memory.
         """
         seen_bytes = self._seen_bytes
         self._seen_bytes += nbytes
-        if nbytes < self._min_tensor_bytes or storage.data_ptr() % _TORCH_ALIGNMENT_BYTES:
+        if not is_movable:
             return None
-        host, ssd = self._usable(Placement.HOST, step), self._usable(Placement.SSD, step)
-        placement = self.policy.decide(
-            PackRequest(
-                nbytes=nbytes,
-                seen_bytes=seen_bytes,
-                microbatch_bytes=max(self._recent_bytes, default=None),
-                host_free_bytes=0 if host is None else host.free_bytes,
-                has_ssd=ssd is not None,
-            )
+        is_first, self._is_first = self._is_first, False
+        host, ssd = self.usable(Placement.HOST, step), self.usable(Placement.SSD, step)
+        request = PackRequest(
+            nbytes=nbytes,
+            seen_bytes=seen_bytes,
+            microbatch_bytes=max(self._recent_bytes, default=None),
+            host_free_bytes=0 if host is None else host.free_bytes,
+            has_ssd=ssd is not None,
+            slot=self._slot,
+            is_first=is_first,
+            inflight_bytes=inflight_bytes,
         )
+        placement = self.policy.decide(request)
+        if placement is Placement.SSD and host is not None and nbytes > request.host_free_bytes:
+            # Does it want the drive, or has it no other choice? Then room is worth making, see `Migrator`.
+            with_room = replace(request, host_free_bytes=nbytes, is_first=False)
+            placement = Placement.HOST if self.policy.decide(with_room) is Placement.HOST else placement
         return None if placement is Placement.KEEP else self._tiers[placement]
 
     def candidates(self, chosen: Tier | None, step: int) -> list[Tier]:
@@ -89,7 +115,7 @@ class Placer:
             chosen: From :meth:`choose`.
             step: Number of the present step.
         """
-        others = [self._usable(placement, step) for placement in self._tiers]
+        others = [self.usable(placement, step) for placement in self._tiers]
         tiers = [chosen, *(tier for tier in others if tier is not chosen)]
         return [tier for tier in tiers if tier is not None]
 
@@ -102,6 +128,12 @@ class Placer:
         """
         return nbytes < min(storage_bytes, self._min_tensor_bytes) and storage_bytes >= self._min_tensor_bytes
 
-    def _usable(self, placement: Placement, step: int) -> Tier | None:
+    def usable(self, placement: Placement, step: int) -> Tier | None:
+        """Get a tier if there is one and a store to it may be tried.
+
+        Args:
+            placement: Which one.
+            step: Number of the present step.
+        """
         tier = self._tiers.get(placement)
         return tier if tier is not None and self.failures.is_usable(tier.name, step) else None

@@ -17,12 +17,20 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ssdtrain_plugin.errors import LoadError, OffloadError, SavedTensorMutatedError, StateError, StorageError
+from ssdtrain_plugin.errors import (
+    LoadError,
+    OffloadError,
+    SavedTensorMutatedError,
+    StateError,
+    StorageError,
+    StoreError,
+)
 from ssdtrain_plugin.identity import Span, TensorView, revive
 from ssdtrain_plugin.storage.base import Extent, Tier
+from ssdtrain_plugin.streams import DeviceEvent
 from ssdtrain_plugin.transfer import Transfer
 
-__all__ = ["KeptTensor", "Lease", "Record", "SavedTensor", "State"]
+__all__ = ["KeptTensor", "Lease", "Record", "SavedTensor", "State", "freed_meanwhile"]
 
 
 class State(enum.Enum):
@@ -94,6 +102,8 @@ class Record:
         is_copy: ``storage`` is a copy of a small span of a large storage.
         is_forwarded: Handed back from memory although it was offloaded.
         is_ahead: Loaded or held for a backward that has not asked yet.
+        is_moving: A transfer copies its bytes from its tier to another.
+        num_transfers: Once freed: how many transfers must end before its extent may be.
         num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
         num_unpacked: How many of them were unpacked in this pass over the graph.
         pass_number: Grows when all handles have been unpacked.
@@ -120,6 +130,8 @@ class Record:
     is_copy = False
     is_forwarded = False
     is_ahead = False
+    is_moving = False
+    num_transfers = 0
     num_handles = 0
     num_unpacked = 0
     pass_number = 0
@@ -210,6 +222,12 @@ class Record:
             self.tier.free(self.extent)
         self.extent = None
 
+    def end_transfer(self) -> None:
+        """Note that a transfer of a freed record has ended; the last one gives the place on the tier back."""
+        self.num_transfers -= 1
+        if self.num_transfers == 0:
+            self.free_extent()
+
     def has_moved(self, storage: torch.UntypedStorage) -> bool:
         """Tell whether the bytes of the saved storage are not where they were.
 
@@ -217,6 +235,22 @@ class Record:
             storage: The one that was saved.
         """
         return storage.data_ptr() != self.data_pointer or storage.nbytes() < self.span.first_byte + self.span.nbytes
+
+    def write(self, tier: Tier, extent: Extent, storage: torch.UntypedStorage, ready: DeviceEvent) -> None:
+        """Write the bytes to a tier, unless somebody has freed them since; runs in a worker.
+
+        Args:
+            tier: Of the extent.
+            extent: Where to.
+            storage: The one that was saved.
+            ready: Reached when it holds its values.
+
+        Raises:
+            StorageError: They were freed, or the tier failed.
+        """
+        if self.has_moved(storage):
+            raise freed_meanwhile()
+        tier.write(extent, self.span.bytes_of(storage), ready)
 
     def find_original(self) -> torch.UntypedStorage | None:
         """Get the saved storage while something else still holds it, unshrunk."""
@@ -231,6 +265,11 @@ class Record:
     def lives(self) -> Lease | None:
         """Get the lease while a handle is alive."""
         return None if self.lease is None else self.lease()
+
+
+def freed_meanwhile() -> StoreError:
+    """Make the error for a storage that was freed under its store."""
+    return StoreError("cannot store activation: its storage was freed or moved meanwhile")
 
 
 def _mutated(tensor: Tensor, shape: torch.Size, dtype: torch.dtype, saved_version: int) -> SavedTensorMutatedError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +16,45 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain_plugin.errors import CapacityError, QueueClosedError, StateError
 from ssdtrain_plugin.ledger import Ledger
+from ssdtrain_plugin.policy.base import LoadBounds
 from ssdtrain_plugin.records import Record, SavedTensor, State
 from ssdtrain_plugin.schedule import ReloadSchedule
+from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.streams import Streams
 from ssdtrain_plugin.table import RecordTable
 from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue
 
-__all__ = ["Reloader"]
+__all__ = ["LoadObserver", "Reloader", "lane_of"]
+
+_UNBOUNDED = 1 << 62
+
+
+def lane_of(tier: Tier, extent: Extent) -> tuple[str, int]:
+    """Name the lane of the transfer queue for the drive, or the memory, that has an extent.
+
+    Args:
+        tier: Of the extent.
+        extent: Live.
+    """
+    return tier.name, extent.drive
+
+
+class LoadObserver(Protocol):
+    """Is told of the loads under way; called under the lock of the cache, also in workers."""
+
+    def load_begins(self, tier: Tier) -> None:
+        """Note that a load was queued.
+
+        Args:
+            tier: That has the bytes.
+        """
+
+    def load_ended(self, tier: Tier) -> None:
+        """Note that a load is done, failed or cancelled.
+
+        Args:
+            tier: As given to :meth:`load_begins`.
+        """
 
 
 class Reloader:
@@ -38,6 +71,7 @@ class Reloader:
 
     Attributes:
         schedule: What was offloaded, in forward order.
+        observer: Of the loads, or None.
     """
 
     def __init__(
@@ -53,6 +87,7 @@ class Reloader:
     ) -> None:
         """Start with nothing to bring back."""
         self.schedule = ReloadSchedule()
+        self.observer: LoadObserver | None = None
         self._lock = lock
         self._queue = queue
         self._streams = streams
@@ -60,7 +95,11 @@ class Reloader:
         self._ledger = ledger
         self._allocate_target = allocate_target
         self._prefetch_bytes = prefetch_bytes
+        self._bounds = LoadBounds(prefetch_bytes, prefetch_bytes + _UNBOUNDED)
         self._ahead_bytes = 0
+        self._kept_bytes = 0
+        self._kept: dict[int, list[Record]] = {}
+        self._announced: int | None = None
 
     def find(self, record: Record) -> torch.UntypedStorage | None:
         """Find the bytes in memory; forward them if they were on their way out.
@@ -123,14 +162,22 @@ class Reloader:
         return self._start_load(record, is_urgent=True)
 
     def prefetch(self, microbatch: int) -> None:
-        """Bring back what backward asks for next, within the budget.
+        """Bring back what backward asks for next, within the budget; then what is announced after it.
 
         Args:
             microbatch: Whose backward is next or running.
         """
+        self._prefetch(microbatch)
+        if self._announced is not None and self._announced != microbatch:
+            self._prefetch(self._announced)
+
+    def _prefetch(self, microbatch: int) -> None:
         if self._queue.is_closed():
             return
-        room_bytes = self._prefetch_bytes - self._ahead_bytes
+        room_bytes = min(
+            self._bounds.prefetch_bytes - self._ahead_bytes,
+            self._bounds.window_bytes - self._ahead_bytes - self._kept_bytes,
+        )
         for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
             record = self._table[serial]
             if record.lives() is None:
@@ -152,14 +199,73 @@ class Reloader:
                         raise
                     return
 
+    def keep(self, record: Record, microbatch: int) -> None:
+        """Note a record that stays in device memory by decision.
+
+        Args:
+            record: Just made.
+            microbatch: Whose forward saved it.
+        """
+        self._kept.setdefault(microbatch, []).append(record)
+
+    def offload(self, record: Record, microbatch: int) -> None:
+        """Note a record that goes to a tier.
+
+        Args:
+            record: Just made.
+            microbatch: Whose forward saved it.
+        """
+        # Backward comes to what was kept before this only after it: that is no reason to load later.
+        self._kept.pop(microbatch, None)
+        self.schedule.record(microbatch, record.serial, record.span.nbytes)
+
+    def begin_backward(self, microbatch: int, bounds: LoadBounds | None) -> None:
+        """Count what a micro-batch has kept as ahead of its backward, and bring back what it asks for first.
+
+        Args:
+            microbatch: Whose backward is next.
+            bounds: Of the policy, or None for the option.
+        """
+        if microbatch == self._announced:
+            self._announced = None
+        self._count_kept(microbatch, bounds)
+        self.prefetch(microbatch)
+
+    def announce(self, microbatch: int, bounds: LoadBounds | None) -> None:
+        """Load for a backward as well, once the present one needs no more.
+
+        Args:
+            microbatch: Whose backward comes after the present pass.
+            bounds: Of the policy, or None for the option.
+        """
+        self._announced = microbatch
+        self._count_kept(microbatch, bounds)
+        self._prefetch(microbatch)
+
+    def _count_kept(self, microbatch: int, bounds: LoadBounds | None) -> None:
+        self._bounds = bounds or LoadBounds(self._prefetch_bytes, self._prefetch_bytes + _UNBOUNDED)
+        for record in self._kept.pop(microbatch, ()):
+            if record.state is State.RESIDENT and record.lives() is not None:
+                record.is_ahead = True
+                self._kept_bytes += record.span.nbytes
+
+    def forget_kept(self) -> None:
+        """Forget what was kept for backwards that never came."""
+        self._kept.clear()
+        self._announced = None
+
     def arrive(self, record: Record) -> None:
         """Stop counting a record as ahead of backward.
 
         Args:
             record: Unpacked, or freed.
         """
-        if record.is_ahead:
-            record.is_ahead = False
+        if not record.is_ahead:
+            return
+        record.is_ahead = False
+        if record.tier is None:
+            self._kept_bytes -= record.span.nbytes
+        else:
             self._ahead_bytes -= record.span.nbytes
 
     def stay_resident(self, record: Record) -> None:
@@ -204,25 +310,40 @@ class Reloader:
         record.hold(target.untyped_storage(), record.span.first_byte, extent.nbytes)
         self._ledger.account.hold(extent.nbytes)
         work = partial(tier.read, extent, target, self._streams.record())
-        transfer = Transfer(Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record))
+        transfer = Transfer(
+            Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record), lane_of(tier, extent)
+        )
         record.load = transfer
         try:
             self._queue.submit(transfer, is_urgent=is_urgent)
         except QueueClosedError:
             self._give_up_load(record)
             raise
+        if self.observer is not None:
+            self.observer.load_begins(tier)
         return transfer
 
     def _on_loaded(self, record: Record, transfer: Transfer) -> None:
         """Take note in a worker that a load ended."""
         with self._lock:
             self._ledger.count_load(transfer)
+            tier = record.tier  # the same as at its beginning: only what is STORED moves
             if record.state is State.FREED:
-                record.free_extent()
+                record.end_transfer()
             elif transfer.error is None:
                 record.move("finish the load", State.LOADED)
             else:
                 self._give_up_load(record)
+            self.load_ended(tier)
+
+    def load_ended(self, tier: Tier | None) -> None:
+        """Tell the observer that a load is done, failed or cancelled.
+
+        Args:
+            tier: Of the record.
+        """
+        if self.observer is not None and tier is not None:
+            self.observer.load_ended(tier)
 
     def _give_up_load(self, record: Record) -> None:
         """Go back to stored; whoever waits raises the error of the transfer."""

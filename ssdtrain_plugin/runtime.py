@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,29 +16,46 @@ import torch
 from torch import Tensor, nn
 
 from ssdtrain_plugin.cache import TensorCache
-from ssdtrain_plugin.config import OffloadConfig, expand_path
-from ssdtrain_plugin.errors import ConfigError, StateError
+from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.errors import StateError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
+from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
+from ssdtrain_plugin.preflight import prepare
 from ssdtrain_plugin.stats import StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Tier
-from ssdtrain_plugin.storage.engines import choose_engine
+from ssdtrain_plugin.storage.engines import choose_engine, open_drive
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
-from ssdtrain_plugin.storage.posix import PosixTier
-from ssdtrain_plugin.storage.probe import directory_problem
-from ssdtrain_plugin.streams import create_streams
+from ssdtrain_plugin.storage.striped import StripedTier
+from ssdtrain_plugin.streams import Streams, create_streams
 from ssdtrain_plugin.summary import RunTotals, after_warm_up
 from ssdtrain_plugin.transfer import TransferQueue
 
-__all__ = ["Offloader", "attach", "build", "check", "make_audible", "prepare"]
+__all__ = ["Offloader", "Parts", "attach", "attach_with", "build", "make_audible"]
 
 logger = logging.getLogger(__name__)
 
 # The first step pays for the extent file and the staging memory; the second shows
 # what the run will be like.
 _WARM_UP_STEPS = 2
+
+# Space on the drive and host memory that so many steps did not need goes back.
+_TRIM_STEPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an experiment puts in place of the usual parts.
+
+    Attributes:
+        wrap_drive: Puts something around the drive's tier, such as a bound on its speed.
+        policy: Decides, whatever the option says.
+    """
+
+    wrap_drive: Callable[[Tier], Tier] = lambda tier: tier
+    policy: OffloadPolicy | None = None
 
 
 class Offloader:
@@ -72,6 +90,7 @@ class Offloader:
         self.cache = cache
         self.hooks = hooks
         self._tiers = dict(tiers)
+        self._arenas = arenas
         self._writer = writer
         self._rank = rank
         self._speaks = speaks
@@ -101,6 +120,14 @@ class Offloader:
         self._totals.add(stats)
         if self._writer is not None:
             self._writer.write(stats)
+        remark = self.cache.take_remark()
+        if remark is not None:
+            logger.log(logging.WARNING if self._speaks else logging.DEBUG, "rank %d: %s", self._rank, remark)
+        if self._totals.num_steps % _TRIM_STEPS == 0:
+            for tier in self._tiers.values():
+                tier.trim()
+            for arena in self._arenas:
+                arena.trim()
         if self._totals.num_steps == _WARM_UP_STEPS:
             line, has_moved = after_warm_up(stats)
             level = logging.WARNING if self._tiers and not has_moved else logging.INFO
@@ -155,74 +182,6 @@ def _close(
         writer.close()
 
 
-def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> OffloadConfig:
-    """Read the options and ask the file system about the paths, before anything is built.
-
-    Args:
-        options: As in the option table.
-        source: Where they came from, for the message.
-        local_rank: Rank of this process on its node, for ``{local_rank}``.
-
-    Returns:
-        The options with every placeholder replaced.
-
-    Raises:
-        ConfigError: Lists every fault of the options and of the paths at once.
-    """
-    problems: list[str] = []
-    config: OffloadConfig | None = None
-    try:
-        config = OffloadConfig.from_dict(options)
-    except ConfigError as error:
-        problems.extend(error.problems)
-    paths, stats_path = options.get("paths", ()), options.get("stats_path")
-    if isinstance(paths, str | os.PathLike):
-        paths = (paths,)
-    expanded: list[str] = []
-    is_used = config is None or (config.enabled and config.policy != "none")
-    for path in paths if isinstance(paths, list | tuple) else ():
-        if isinstance(path, str | os.PathLike):
-            expanded.append(expand_path(str(path), local_rank=local_rank))
-            fault = directory_problem(expanded[-1]) if is_used else None
-            if fault is not None:
-                problems.append(f"paths: {fault}")
-    if isinstance(stats_path, str):
-        fault = _stats_problem(Path(expand_path(stats_path, local_rank=local_rank)))
-        if fault is not None:
-            problems.append(f"stats_path: {fault}")
-    if problems or config is None:
-        raise ConfigError(source, problems, hint="correct the lines above; `ssdtrain doctor PATH` tests a directory")
-    if config.stats_path is not None:
-        stats_path = expand_path(config.stats_path, local_rank=local_rank)
-    return config.model_copy(update={"paths": tuple(expanded), "stats_path": stats_path})
-
-
-def _stats_problem(directory: Path) -> str | None:
-    """Say why no file can be written in a directory that may not exist yet."""
-    try:
-        parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    except OSError as error:
-        return f"`{directory}`: {error.strerror} (expected a writable directory)"
-    if not parent.is_dir():
-        return f"`{directory}`: `{parent}` is a file (expected a directory)"
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return f"`{directory}`: `{parent}` cannot be written to (expected a writable directory)"
-    return None
-
-
-def prepare(config: OffloadConfig, *, local_rank: int) -> OffloadConfig:
-    """Check the paths of options that are already read; see :func:`check`.
-
-    Args:
-        config: Any.
-        local_rank: Rank of this process on its node.
-
-    Raises:
-        ConfigError: Lists every path that cannot be used.
-    """
-    return check(config.model_dump(exclude_unset=True), source=OffloadConfig.SOURCE, local_rank=local_rank)
-
-
 def build(
     config: OffloadConfig,
     *,
@@ -230,29 +189,32 @@ def build(
     rank: int,
     speaks: bool = True,
     ends_steps_itself: bool = True,
+    lookahead_events: int = 0,
+    parts: Parts | None = None,
 ) -> Offloader:
     """Wire everything for one device of one rank.
 
     Args:
-        config: Checked by :func:`check`.
+        config: Checked by :func:`ssdtrain_plugin.preflight.check`.
         device: Where the activations are.
         rank: Global rank of the process.
         speaks: Whether to log at INFO what a user should read once; ranks that have
             the same to say as another one do not speak.
         ends_steps_itself: End a step when nothing saved is alive and a forward
             begins. Hosts that know when a step ends pass False.
+        lookahead_events: How many forward or backward passes ahead the host announces a backward.
+        parts: Of an experiment, in place of what the options say.
+
+    Raises:
+        EnvironmentUnsupportedError: The engine named does not work here.
     """
+    parts = parts or Parts()
     streams = create_streams(device)
     arena = HostArena(streams)
-    tiers: dict[Placement, Tier] = {}
-    moves = config.enabled and config.policy != "none"
-    if config.host_bytes and moves:
-        tiers[Placement.HOST] = HostTier(config.host_bytes, streams=streams)
-    if config.paths and moves:
-        tiers[Placement.SSD] = PosixTier(
-            config.paths[0], streams=streams, arena=arena, disk_bytes=config.disk_bytes, device=device
-        )
-    policy = _create_policy(config)
+    tiers, engine_line = _build_tiers(config, streams, arena, device)
+    if Placement.SSD in tiers:
+        tiers[Placement.SSD] = parts.wrap_drive(tiers[Placement.SSD])
+    policy = parts.policy or _create_policy(config, tiers, lookahead_events)
     queue = TransferQueue(io_threads=config.io_threads, max_inflight_bytes=config.max_inflight_bytes)
     cache = TensorCache(
         policy=policy,
@@ -280,17 +242,33 @@ def build(
         hooks.end_step = weakref.WeakMethod(offloader.end_step)
     where = "; ".join(tier.describe() for tier in tiers.values()) or "nowhere, only counting"
     if config.enabled:
-        line = f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{_engine_line(config, tiers)}"
+        line = f"ssdtrain: rank {rank}: {policy.explain()}, to {where}{engine_line}"
         logger.log(logging.INFO if speaks else logging.DEBUG, "%s", line)
     return offloader
 
 
-def _engine_line(config: OffloadConfig, tiers: Mapping[Placement, Tier]) -> str:
-    tier = tiers.get(Placement.SSD)
-    if not isinstance(tier, PosixTier):
-        return ""
-    engine, reason = choose_engine(config.io_engine, tier.report)
-    return f"; io_engine {config.io_engine}: {engine}, {reason}"
+def _build_tiers(
+    config: OffloadConfig, streams: Streams, arena: HostArena, device: torch.device
+) -> tuple[dict[Placement, Tier], str]:
+    """Open what the options name; return it with a few words on the engine."""
+    tiers: dict[Placement, Tier] = {}
+    if not config.enabled or config.policy == "none":
+        return tiers, ""
+    line = ""
+    if config.paths:
+        engine, reason = choose_engine(config.io_engine, device)
+        line = f"; io_engine {config.io_engine}: {engine}, {reason}"
+        with contextlib.ExitStack() as opened:
+            drives: list[Tier] = []
+            disk_bytes = None if config.disk_bytes is None else config.disk_bytes // len(config.paths)
+            for path in config.paths:
+                drives.append(open_drive(path, engine=engine, streams=streams, arena=arena, disk_bytes=disk_bytes))
+                opened.callback(drives[-1].close)
+            opened.pop_all()
+        tiers[Placement.SSD] = drives[0] if len(drives) == 1 else StripedTier(drives)
+    if config.host_bytes:
+        tiers[Placement.HOST] = HostTier(config.host_bytes, streams=streams)
+    return tiers, line
 
 
 def make_audible(formatter: logging.Formatter | None = None) -> None:
@@ -314,8 +292,16 @@ def make_audible(formatter: logging.Formatter | None = None) -> None:
         ours.setLevel(logging.INFO)
 
 
-def _create_policy(config: OffloadConfig) -> OffloadPolicy:
-    shares = {"all": 1.0, "none": 0.0}
+def _create_policy(config: OffloadConfig, tiers: Mapping[Placement, Tier], lookahead_events: int) -> OffloadPolicy:
+    if config.policy == "adaptive" and tiers:
+        return AdaptivePolicy(
+            max_inflight_bytes=config.max_inflight_bytes,
+            prefetch_bytes=config.prefetch_bytes,
+            host_bytes=config.host_bytes,
+            has_drive=Placement.SSD in tiers,
+            lookahead_events=lookahead_events,
+        )
+    shares = {"all": 1.0, "none": 0.0, "adaptive": 0.0}
     return FractionPolicy(shares.get(config.policy, config.offload_fraction))
 
 
@@ -355,6 +341,17 @@ def attach(model: nn.Module, config: OffloadConfig | Mapping[str, Any]) -> Offlo
         ConfigError: An option is wrong or a path cannot be used; all are listed.
         StateError: The model is attached already.
     """
+    return attach_with(model, config, None)
+
+
+def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], parts: Parts | None) -> Offloader:
+    """Attach as :func:`attach` does, with parts of an experiment.
+
+    Args:
+        model: As for :func:`attach`.
+        config: As for :func:`attach`.
+        parts: In place of the usual ones.
+    """
     if ModuleHooks.are_on(model):
         raise StateError(
             f"cannot attach: this {type(model).__name__} is attached already (expected one offloader a model)",
@@ -365,7 +362,7 @@ def attach(model: nn.Module, config: OffloadConfig | Mapping[str, Any]) -> Offlo
     make_audible()
     local_rank, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("RANK", "0"))
     config = prepare(config, local_rank=local_rank)
-    offloader = build(config, device=_device_of(model), rank=rank)
+    offloader = build(config, device=_device_of(model), rank=rank, parts=parts)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))
         offloader.on_detach(ModuleHooks(model, offloader.hooks, offloader).remove)

@@ -6,6 +6,9 @@ no module hook: what forward saved last, backward needs first.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 __all__ = ["MicrobatchLog", "ReloadSchedule"]
 
 
@@ -19,7 +22,16 @@ class MicrobatchLog:
         total_bytes: Bytes of its records, each counted once.
     """
 
-    __slots__ = ("_cursor", "_issued", "_last_position", "_nbytes", "_serials", "total_bytes")
+    __slots__ = (
+        "_beyond",
+        "_cursor",
+        "_first",
+        "_issued",
+        "_last_position",
+        "_nbytes",
+        "_serials",
+        "total_bytes",
+    )
 
     def __init__(self) -> None:
         """Start empty."""
@@ -28,6 +40,8 @@ class MicrobatchLog:
         self._last_position: dict[int, int] = {}
         self._issued: set[int] = set()
         self._cursor: int | None = None
+        self._beyond: int | None = None
+        self._first = 0
         self.total_bytes = 0
 
     def append(self, serial: int, nbytes: int) -> None:
@@ -42,7 +56,7 @@ class MicrobatchLog:
         self._nbytes[serial] = nbytes
         self._last_position[serial] = len(self._serials)
         self._serials.append(serial)
-        self._cursor = None
+        self._cursor = self._beyond = None
 
     def upcoming(self, budget_bytes: int, *, at_least_one: bool) -> list[int]:
         """Take the next records that backward will ask for, within a byte budget.
@@ -84,8 +98,46 @@ class MicrobatchLog:
             return
         if serial in self._issued:
             self._issued.clear()
-            self._cursor = position
+            self._cursor, self._beyond = position, None
         self._issued.add(serial)
+
+    def furthest(self, is_out: Callable[[int], bool]) -> Iterator[int]:
+        """Go through the records from the one that backward needs last.
+
+        Args:
+            is_out: Tells that a record is out of the question for good. A run of such
+                records at the beginning is passed over once, and never looked at again.
+        """
+        is_run = True
+        for position in range(self._first, len(self._serials)):
+            serial = self._serials[position]
+            if self._last_position.get(serial) == position and not is_out(serial):
+                is_run = False
+                yield serial
+            elif is_run:
+                self._first = position + 1
+
+    def beyond(self, is_out: Callable[[int], bool]) -> Iterator[int]:
+        """Go through the records that :meth:`upcoming` has not come to, soonest needed first.
+
+        The very next one is left to it: it takes that one as soon as there is room.
+
+        Args:
+            is_out: As for :meth:`furthest`, for this pass.
+        """
+        start = len(self._serials) - 1 if self._cursor is None else self._cursor
+        while start >= 0 and (self._serials[start] not in self._nbytes or self._serials[start] in self._issued):
+            start -= 1
+        start = start - 1 if self._beyond is None else min(start - 1, self._beyond)
+        is_run = True
+        for position in range(start, -1, -1):
+            serial = self._serials[position]
+            is_current = self._last_position.get(serial) == position and serial not in self._issued
+            if is_current and not is_out(serial):
+                is_run = False
+                yield serial
+            elif is_run:
+                self._beyond = position - 1
 
     def remove(self, serial: int) -> bool:
         """Forget a record.
@@ -151,6 +203,49 @@ class ReloadSchedule:
         log = self._logs.get(microbatch)
         if log is not None:
             log.demand(serial)
+
+    def furthest(self, newcomer: int, microbatch: int, *, running: int, is_out: Callable[[int], bool]) -> Iterator[int]:
+        """Go through the records that are needed later than a new one, the last needed first.
+
+        Micro-batches run backward in the order of their forwards, and within one the
+        last save comes first. A record of several micro-batches belongs to the earliest.
+
+        Args:
+            newcomer: Serial of the record that was saved last.
+            microbatch: Whose forward saved it.
+            running: The micro-batch whose backward is running or next; its records are left out.
+            is_out: See :meth:`MicrobatchLog.furthest`.
+        """
+        for number in sorted(self._logs, reverse=True):
+            if number < microbatch:
+                return
+            for serial in self._logs[number].furthest(partial(self._is_out, is_out, number)):
+                if serial == newcomer:
+                    return
+                if not self.has(running, serial):
+                    yield serial
+
+    def _is_out(self, is_out: Callable[[int], bool], microbatch: int, serial: int) -> bool:
+        return min(self._microbatches_of[serial]) < microbatch or is_out(serial)
+
+    def beyond(self, microbatch: int, is_out: Callable[[int], bool]) -> Iterator[int]:
+        """Go through what :meth:`upcoming` has not come to; see :meth:`MicrobatchLog.beyond`.
+
+        Args:
+            microbatch: Whose backward is next or running.
+            is_out: See :meth:`MicrobatchLog.beyond`.
+        """
+        log = self._logs.get(microbatch)
+        return iter(()) if log is None else log.beyond(is_out)
+
+    def has(self, microbatch: int, serial: int) -> bool:
+        """Tell whether a record stands in the log of a micro-batch.
+
+        Args:
+            microbatch: Any number.
+            serial: Of the record.
+        """
+        return microbatch in self._microbatches_of.get(serial, ())
 
     def forget(self, serial: int) -> None:
         """Drop a record that was freed, and logs that became empty.

@@ -19,22 +19,23 @@ class StepStats:
         step: Number of the step, from 0.
         rank: Global rank of the process.
         microbatches: Micro-batches whose forward ran.
-        stored_bytes: Bytes written to the drive.
+        stored_bytes: Bytes written to the drive, from device memory or spilled from the host tier.
         loaded_bytes: Bytes brought back to device memory, from the drive or the host tier.
         forwarded_bytes: Offloaded bytes handed back from memory, without a read.
         deduplicated_bytes: Saves of a storage that was already known.
         kept_bytes: Bytes that stayed in device memory, by decision or because a store failed.
-        host_bytes: Bytes copied to the host tier.
+        host_bytes: Bytes copied from device memory to the host tier.
         peak_activation_bytes: Live saved bytes in device memory, at their highest. What a
             checkpointed region saves while backward recomputes it is not seen.
         saved_bytes: What would have been live without the plugin, at its highest.
         num_loads_on_demand: Loads that no prefetch had started when backward asked.
         stall_seconds: Time that training waited for transfers, both directions.
-        store_seconds: Time that workers spent in stores, summed over threads.
-        load_seconds: Time that workers spent in loads, summed over threads.
+        store_seconds: Time that workers spent in stores and in spills, summed over threads.
+        load_seconds: Time that workers spent in loads, summed over threads. What is promoted
+            from the drive to the host tier counts in neither its bytes nor its seconds.
         forward_seconds: Host time in forward passes.
         backward_seconds: Host time in backward passes.
-        failures: Failed or refused stores, by cause.
+        failures: Failed or refused stores, and failed promotions, by cause.
         plan: The policy's decision in one line.
     """
 

@@ -15,12 +15,13 @@ above this module takes one path for both.
 from __future__ import annotations
 
 import ctypes
+import time
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-__all__ = ["CpuStreams", "CudaStreams", "DeviceEvent", "Streams", "create_streams"]
+__all__ = ["CpuStreams", "CudaStreams", "DeviceEvent", "Mark", "Streams", "create_streams"]
 
 
 # cudaHostRegisterPortable: pinned for every device of the process.
@@ -37,6 +38,25 @@ class DeviceEvent:
         """Make the host wait. Called in worker threads only."""
 
 
+class Mark:
+    """A point in a stream's work whose time is known later. This base class is the CPU twin: the host's clock."""
+
+    def __init__(self) -> None:
+        """Read the clock."""
+        self._seconds = time.perf_counter()
+
+    def seconds_since(self, earlier: Mark) -> float | None:
+        """Tell the time between two marks of one device.
+
+        Args:
+            earlier: Made before this one.
+
+        Returns:
+            Seconds; None if the device has not reached this mark.
+        """
+        return self._seconds - earlier._seconds
+
+
 class Streams(ABC):
     """The streams of one device.
 
@@ -48,6 +68,10 @@ class Streams(ABC):
     @abstractmethod
     def record(self) -> DeviceEvent:
         """Mark the present end of the calling thread's compute stream."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Mark the present end of the calling thread's compute stream, to measure time."""
 
     def is_capturing(self) -> bool:
         """Tell whether a CUDA graph is being captured; what is saved then must stay where it is."""
@@ -106,6 +130,10 @@ class CpuStreams(Streams):
         """Return an event that is already reached: CPU operations end before they return."""
         return self._REACHED
 
+    def mark(self) -> Mark:
+        """Read the clock: CPU operations end before they return."""
+        return Mark()
+
     def copy_to_host(self, target: Tensor, source: Tensor, after: DeviceEvent) -> DeviceEvent:
         """Copy memory to memory; see :meth:`Streams.copy_to_host`."""
         # memmove, not Tensor.copy_: the latter starts an OpenMP team per worker
@@ -146,6 +174,19 @@ class _CudaEvent(DeviceEvent):
         stream.wait_event(self._event)
 
 
+class _CudaMark(Mark):
+    """A CUDA event that keeps the time."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+
+    def seconds_since(self, earlier: Mark) -> float | None:
+        if not isinstance(earlier, _CudaMark) or not self._event.query():
+            return None
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
 class CudaStreams(Streams):
     """One side stream a direction, so that stores never queue behind loads.
 
@@ -162,6 +203,10 @@ class CudaStreams(Streams):
     def record(self) -> DeviceEvent:
         """Record an event on the current compute stream."""
         return _CudaEvent(self._device, torch.cuda.current_stream(self._device))
+
+    def mark(self) -> Mark:
+        """Record a timing event on the current compute stream."""
+        return _CudaMark(torch.cuda.current_stream(self._device))
 
     def is_capturing(self) -> bool:
         """Ask CUDA; see :meth:`Streams.is_capturing`."""

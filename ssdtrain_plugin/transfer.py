@@ -1,7 +1,10 @@
 """TransferQueue: the only threads of the package, and the bound on bytes in flight.
 
 It knows time, not tensors: a transfer is a piece of blocking work with a size.
-Stores and loads have threads of their own, so that neither starves the other.
+
+Note [Lanes]. Each drive, in each direction, is a lane with threads of its own: stores
+do not hold up loads, and a slow drive does not hold up a fast one. A lane is first
+come first served; an urgent transfer goes to its head.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from ssdtrain_plugin.errors import QueueClosedError
+from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.streams import DeviceEvent
 
 __all__ = ["Direction", "Transfer", "TransferQueue", "TransferState"]
@@ -49,6 +53,7 @@ class Transfer:
             all it holds.
         finish: Called in the worker after ``work`` and before ``DONE``, with no
             lock held; not called when the transfer is cancelled.
+        lane: Which drive, or other place, the bytes go to or come from.
 
     Attributes:
         state: Written under the queue's lock.
@@ -57,7 +62,7 @@ class Transfer:
         seconds: How long ``work`` took.
     """
 
-    __slots__ = ("_finish", "_work", "direction", "error", "event", "nbytes", "seconds", "state")
+    __slots__ = ("_finish", "_work", "direction", "error", "event", "lane", "nbytes", "seconds", "state")
 
     def __init__(
         self,
@@ -65,9 +70,11 @@ class Transfer:
         nbytes: int,
         work: Callable[[], DeviceEvent | None],
         finish: Callable[[Transfer], None],
+        lane: Hashable = None,
     ) -> None:
         """Describe the work; nothing runs yet."""
         self.direction = direction
+        self.lane = lane
         self.nbytes = nbytes
         self._work: Callable[[], DeviceEvent | None] | None = work
         self._finish: Callable[[Transfer], None] | None = finish
@@ -83,7 +90,7 @@ class Transfer:
             if self._work is not None:
                 self.event = self._work()
         except BaseException as error:  # noqa: BLE001 - a thread's top: kept, and raised where the bytes are needed
-            self.error = error.with_traceback(None)
+            self.error = without_frames(error)
         self.seconds = time.perf_counter() - started
         # The work holds the source. It must be gone before `finish` asks whether
         # the bytes are still in memory.
@@ -98,11 +105,22 @@ class Transfer:
         self._finish = None
 
 
+class _Lane:
+    """One direction of one drive: who waits, and the threads that serve."""
+
+    __slots__ = ("queue", "ready", "threads")
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.queue: deque[Transfer] = deque()
+        self.ready = threading.Condition(lock)
+        self.threads: list[threading.Thread] = []
+
+
 class TransferQueue:
-    """Runs transfers on daemon threads, first come first served in each direction.
+    """Runs transfers on daemon threads, first come first served in each lane: Note [Lanes].
 
     Args:
-        io_threads: Threads per direction, started at the first transfer.
+        io_threads: Threads per lane, started when there is work for them.
         max_inflight_bytes: Bound on stores queued or running. One store larger
             than the bound is admitted when nothing else is in flight.
     """
@@ -113,10 +131,8 @@ class TransferQueue:
         self._max_inflight_bytes = max_inflight_bytes
         # Reentrant: a collection inside a locked region may run the finalizer that closes the queue.
         self._lock = threading.RLock()
-        self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
-        self._ready = {direction: threading.Condition(self._lock) for direction in Direction}
+        self._lanes: dict[tuple[Direction, Hashable], _Lane] = {}
         self._changed = threading.Condition(self._lock)
-        self._threads: dict[Direction, list[threading.Thread]] = {direction: [] for direction in Direction}
         self._inflight_bytes = 0
         self._num_unfinished = 0
         self._is_closed = False
@@ -166,7 +182,7 @@ class TransferQueue:
 
         Args:
             transfer: Not submitted before.
-            is_urgent: Go before all that is queued in this direction.
+            is_urgent: Go before all that is queued in this lane.
 
         Raises:
             QueueClosedError: The queue was closed.
@@ -178,21 +194,23 @@ class TransferQueue:
             if direction is Direction.STORE:
                 self._inflight_bytes += transfer.nbytes
             self._num_unfinished += 1
-            queue = self._queues[direction]
+            key = (direction, transfer.lane)
+            lane = self._lanes.get(key)
+            if lane is None:
+                lane = self._lanes[key] = _Lane(self._lock)
             if is_urgent:
-                queue.appendleft(transfer)
+                lane.queue.appendleft(transfer)
             else:
-                queue.append(transfer)
-            self._start_thread_if_needed(direction, len(queue))
-            self._ready[direction].notify()
+                lane.queue.append(transfer)
+            self._start_thread_if_needed(direction, lane)
+            lane.ready.notify()
 
-    def _start_thread_if_needed(self, direction: Direction, num_queued: int) -> None:
-        threads = self._threads[direction]
-        if len(threads) < min(self._io_threads, num_queued):
-            name = f"ssdtrain-{direction.value}-{len(threads)}"
-            thread = threading.Thread(target=self._serve, args=(direction,), name=name, daemon=True)
+    def _start_thread_if_needed(self, direction: Direction, lane: _Lane) -> None:
+        if len(lane.threads) < min(self._io_threads, len(lane.queue)):
+            name = f"ssdtrain-{direction.value}-{sum(len(lane.threads) for lane in self._lanes.values())}"
+            thread = threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True)
             thread.start()
-            threads.append(thread)
+            lane.threads.append(thread)
 
     def cancel(self, transfer: Transfer) -> bool:
         """Take back a transfer that has not started.
@@ -251,11 +269,11 @@ class TransferQueue:
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                for queue in self._queues.values():
-                    self._cancel_all(queue)
-            for condition in (*self._ready.values(), self._changed):
+                for lane in self._lanes.values():
+                    self._cancel_all(lane.queue)
+            for condition in (*(lane.ready for lane in self._lanes.values()), self._changed):
                 condition.notify_all()
-            threads = [thread for group in self._threads.values() for thread in group]
+            threads = [thread for lane in self._lanes.values() for thread in lane.threads]
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in threads:
             if thread is not threading.current_thread():
@@ -270,12 +288,12 @@ class TransferQueue:
                 transfer.drop()
                 self._settle(transfer)
 
-    def _serve(self, direction: Direction) -> None:
-        while (transfer := self._next(direction)) is not None:
+    def _serve(self, lane: _Lane) -> None:
+        while (transfer := self._next(lane)) is not None:
             try:
                 transfer.run()
             except BaseException as error:  # a thread's top: whoever waits must get an answer
-                transfer.error = transfer.error or error.with_traceback(None)
+                transfer.error = transfer.error or without_frames(error)
                 logger.exception("a transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
             finally:
                 with self._lock:
@@ -284,18 +302,17 @@ class TransferQueue:
             # The loop variable would hold the last transfer while the thread waits.
             del transfer
 
-    def _next(self, direction: Direction) -> Transfer | None:
-        queue, ready = self._queues[direction], self._ready[direction]
+    def _next(self, lane: _Lane) -> Transfer | None:
         with self._lock:
             while True:
-                while queue:
-                    transfer = queue.popleft()
+                while lane.queue:
+                    transfer = lane.queue.popleft()
                     if transfer.state is TransferState.QUEUED:
                         transfer.state = TransferState.RUNNING
                         return transfer
                 if self._is_closed:
                     return None
-                ready.wait()
+                lane.ready.wait()
 
 
 def _closed(what: str) -> QueueClosedError:

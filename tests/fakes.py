@@ -171,6 +171,8 @@ def load_error(number=5):
 class AlwaysOffload:
     """Everything to one placement."""
 
+    is_learning = False
+
     def __init__(self, placement=Placement.SSD):
         self._placement = placement
         self.observed = []
@@ -179,8 +181,14 @@ class AlwaysOffload:
         has_room = request.has_ssd if self._placement is Placement.SSD else request.nbytes <= request.host_free_bytes
         return self._placement if has_room else Placement.KEEP
 
-    def observe(self, step):
-        self.observed.append(step)
+    def observe(self, observation):
+        self.observed.append(observation.stats)
+
+    def load_bounds(self):
+        return None
+
+    def take_remark(self):
+        return None
 
     def explain(self):
         return f"everything to {self._placement.value}"

@@ -36,7 +36,8 @@ from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
 from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_checkpointing
-from ssdtrain_plugin.runtime import Offloader, build, check, make_audible
+from ssdtrain_plugin.preflight import check
+from ssdtrain_plugin.runtime import Offloader, build, make_audible
 
 __all__ = ["initialize", "offloader_of", "read_block"]
 
@@ -169,6 +170,7 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
         rank=engine.global_rank,
         speaks=is_speaker,
         ends_steps_itself=False,
+        lookahead_events=1 if isinstance(engine, PipelineEngine) else 0,
     )
     module = engine.module
     offloader.cache.keep_resident((*module.parameters(), *module.buffers()))
@@ -234,14 +236,19 @@ class _Lookahead:
         self._position = 0
         self.microbatches.clear()
 
-    def after(self) -> int | None:
-        """Move on by one instruction; return the micro-batch if the next is its backward."""
-        self._position += 1
-        if self._position < len(self._instructions):
-            instruction = self._instructions[self._position]
+    def following(self) -> int | None:
+        """Get the micro-batch if the pass after the present one is its backward, and its forward has run."""
+        if self._position + 1 < len(self._instructions):
+            instruction = self._instructions[self._position + 1]
             if isinstance(instruction, ds_schedule.BackwardPass):
                 return self.microbatches.get(_slot(instruction.kwargs))
         return None
+
+    def after(self) -> int | None:
+        """Move on by one instruction; return the micro-batch if the next is its backward."""
+        following = self.following()
+        self._position += 1
+        return following
 
 
 def _slot(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -285,6 +292,8 @@ def _wrap_pipeline(engine: Any, offloader: Offloader) -> None:
 
 def _forward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
     def forward_pass(engine: Any, **kwargs: Any) -> None:
+        ahead.microbatches.pop(_slot(kwargs), None)  # the buffer had another micro-batch before
+        _announce(hooks, ahead)
         with hooks.forward() as microbatch:
             inner(engine, **kwargs)
         if microbatch is not None:
@@ -297,10 +306,18 @@ def _forward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lo
 def _backward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
     def backward_pass(engine: Any, **kwargs: Any) -> None:
         with hooks.backward(ahead.microbatches.get(_slot(kwargs))):
+            _announce(hooks, ahead)
             inner(engine, **kwargs)
         _expect(hooks, ahead)
 
     return backward_pass
+
+
+def _announce(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:
+    """Prefetch during this pass, as far as it leaves room, for the backward after it."""
+    microbatch = ahead.following()
+    if microbatch is not None:
+        hooks.cache.announce_backward(microbatch)
 
 
 def _expect(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from ssdtrain_plugin.profile import StepProfile
 from ssdtrain_plugin.stats import StepStats
 
-__all__ = ["OffloadPolicy", "PackRequest", "Placement", "TierHealth"]
+__all__ = ["LoadBounds", "Observation", "OffloadPolicy", "PackRequest", "Placement", "TierHealth"]
 
 _LONGEST_PAUSE_STEPS = 64
 
@@ -34,6 +35,9 @@ class PackRequest:
         microbatch_bytes: What a micro-batch saves: the largest of the last ones, or None before the first.
         host_free_bytes: Room in the host tier; 0 if there is none or it failed.
         has_ssd: Whether there is a drive, and it works.
+        slot: Number of the micro-batch in its step, from 0.
+        is_first: It is the first of its micro-batch that the policy is asked about.
+        inflight_bytes: Of stores that are queued or running.
     """
 
     nbytes: int
@@ -41,6 +45,41 @@ class PackRequest:
     microbatch_bytes: int | None
     host_free_bytes: int
     has_ssd: bool
+    slot: int = 0
+    is_first: bool = False
+    inflight_bytes: int = 0
+
+
+class LoadBounds(NamedTuple):
+    """How far loads may run ahead of backward.
+
+    Attributes:
+        prefetch_bytes: Loaded, or held, for a backward that has not asked yet.
+        window_bytes: The same with the kept saves that it has not asked for: no load
+            begins while what was kept is enough to go on with.
+    """
+
+    prefetch_bytes: int
+    window_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What is known after a step.
+
+    Attributes:
+        stats: Its numbers.
+        profile: When it saved and needed what; None if it could not be measured.
+        write_bytes_per_second: Of the drive, while it wrote; None before the first stores.
+        read_bytes_per_second: Of the drive, while it read; None before the first loads.
+        host_bytes_per_second: Of the host tier, the slower direction; None before it was used.
+    """
+
+    stats: StepStats
+    profile: StepProfile | None = None
+    write_bytes_per_second: float | None = None
+    read_bytes_per_second: float | None = None
+    host_bytes_per_second: float | None = None
 
 
 class OffloadPolicy(Protocol):
@@ -48,7 +87,12 @@ class OffloadPolicy(Protocol):
 
     Threads:
         Called under the cache's lock: no I/O, no waiting, no device work.
+
+    Attributes:
+        is_learning: It wants observations with a profile, which costs a little to collect.
     """
+
+    is_learning: bool
 
     def decide(self, request: PackRequest) -> Placement:
         """Say where one storage goes.
@@ -57,12 +101,18 @@ class OffloadPolicy(Protocol):
             request: What is known of it.
         """
 
-    def observe(self, step: StepStats) -> None:
+    def observe(self, observation: Observation) -> None:
         """Learn from a finished step.
 
         Args:
-            step: Its numbers.
+            observation: What is known of it.
         """
+
+    def load_bounds(self) -> LoadBounds | None:
+        """Bound what is ahead of a backward that has not asked yet; None leaves it to the option."""
+
+    def take_remark(self) -> str | None:
+        """Take what a user should read once, such as why nothing is offloaded."""
 
     def explain(self) -> str:
         """Say in one line what is done and why, for the log and ``StepStats.plan``."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ssdtrain_plugin.policy.base import PackRequest, Placement
-from ssdtrain_plugin.stats import StepStats
+from ssdtrain_plugin.policy.base import Observation, PackRequest, Placement
 
 __all__ = ["FractionPolicy"]
 
@@ -17,6 +16,8 @@ class FractionPolicy:
     Args:
         fraction: Share of the bytes, 0 to 1.
     """
+
+    is_learning = False
 
     def __init__(self, fraction: float) -> None:
         """Fix the share."""
@@ -39,12 +40,18 @@ class FractionPolicy:
             return Placement.HOST
         return Placement.SSD if request.has_ssd else Placement.KEEP
 
-    def observe(self, step: StepStats) -> None:
+    def observe(self, observation: Observation) -> None:
         """Learn nothing: the share is fixed.
 
         Args:
-            step: Not used.
+            observation: Not used.
         """
+
+    def load_bounds(self) -> None:
+        """Leave it to the option."""
+
+    def take_remark(self) -> None:
+        """Have nothing to say."""
 
     def explain(self) -> str:
         """Say the share."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
-from ssdtrain_plugin.storage.base import Extent, Tier
+from ssdtrain_plugin.storage.base import Extent, Rates, Tier
 from ssdtrain_plugin.storage.extents import round_up
 from ssdtrain_plugin.storage.memory import BLOCK_ALIGNMENT, HostArena
+from ssdtrain_plugin.storage.tally import Tally
 from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.units import MIB, format_bytes
 
@@ -42,6 +43,7 @@ class HostTier(Tier):
         self._lock = threading.RLock()
         self._num_active = 0
         self._is_closed = False
+        self._writes, self._reads = Tally(), Tally()
 
     @property
     def used_bytes(self) -> int:
@@ -78,16 +80,24 @@ class HostTier(Tier):
 
     def write(self, extent: Extent, source: Tensor, ready: DeviceEvent) -> None:
         """Copy ``source`` to its block; see :meth:`Tier.write`."""
-        with self._block(extent, source, StoreError) as block:
+        ready.synchronize()  # the copy is not slow because kernels are
+        with self._block(extent, source, StoreError) as block, self._writes.count(extent.nbytes):
             self._streams.copy_to_host(block, source, ready).synchronize()
 
     def read(self, extent: Extent, target: Tensor, ready: DeviceEvent) -> DeviceEvent:
         """Copy the block to ``target``; see :meth:`Tier.read`."""
-        with self._block(extent, target, LoadError) as block:
+        ready.synchronize()
+        with self._block(extent, target, LoadError) as block, self._reads.count(extent.nbytes):
             event = self._streams.copy_to_device(target, block, ready)
             # The extent may be freed, and its block reused, as soon as this returns.
             event.synchronize()
             return event
+
+    def memory_of(self, extent: Extent) -> Tensor | None:
+        """Get the block of an extent; see :meth:`Tier.memory_of`."""
+        with self._lock:
+            live, block = self._blocks.get(extent.offset, (None, None))
+            return block if live == extent and not self._is_closed else None
 
     def free(self, extent: Extent) -> None:
         """Give a block back to the arena.
@@ -105,6 +115,14 @@ class HostTier(Tier):
                 )
             del self._blocks[extent.offset]
             self._used_bytes -= extent.reserved_bytes
+
+    def take_rates(self) -> Rates:
+        """Tell how fast copies were."""
+        return Rates(self._writes.take(), self._reads.take())
+
+    def trim(self) -> None:
+        """Give memory back that was not in use for long; see :meth:`Tier.trim`."""
+        self._arena.trim()
 
     def close(self) -> None:
         """Give the memory back, at once or with the end of the last copy under way; never waits."""

@@ -115,6 +115,8 @@ class HostArena:
         self._live: dict[int, int] = {}  # address of a block -> bytes asked for
         self._returned: deque[_Block] = deque()
         self._reserved_bytes = 0
+        self._used_bytes = 0
+        self._peak_bytes = 0
         self._is_closed = False
         self._has_warned = False
 
@@ -123,7 +125,7 @@ class HostArena:
         """Bytes in live blocks, each rounded up to :data:`BLOCK_ALIGNMENT`."""
         with self._lock:
             self._drain()
-            return sum(slab.allocator.used_bytes for slab in self._slabs)
+            return self._used_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -156,6 +158,8 @@ class HostArena:
                 block.slab.memory, block.slab.skip_bytes + block.extent.offset
             )
             self._live[block.address] = nbytes
+            self._used_bytes += block.extent.reserved_bytes
+            self._peak_bytes = max(self._peak_bytes, self._used_bytes)
             finalizer = weakref.finalize(array, self._returned.append, block)
             finalizer.atexit = False
         return torch.frombuffer(array, dtype=torch.uint8, count=nbytes)
@@ -175,14 +179,15 @@ class HostArena:
             return self._live.get(tensor.data_ptr()) == tensor.numel()
 
     def trim(self) -> int:
-        """Give wholly free slabs back to the system.
+        """Give free slabs back to the system, down to what was in use at once since the last call.
 
         Returns:
             Bytes given back.
         """
         with self._lock:
             self._drain()
-            return self._trim()
+            peak_bytes, self._peak_bytes = self._peak_bytes, self._used_bytes
+            return self._trim(peak_bytes)
 
     def close(self) -> None:
         """Unpin the slabs and let them go. Calling it twice does nothing.
@@ -207,6 +212,7 @@ class HostArena:
             except IndexError:
                 return
             del self._live[block.address]
+            self._used_bytes -= block.extent.reserved_bytes
             block.slab.allocator.free(block.extent)
 
     def _take(self, nbytes: int) -> _Block:
@@ -226,7 +232,7 @@ class HostArena:
         slab_bytes = max(self._slab_bytes, round_up(need_bytes, _HUGE_PAGE_BYTES))
         if self._limit_bytes is not None:
             if self._reserved_bytes + slab_bytes > self._limit_bytes:
-                self._trim()  # free slabs, each too small, may make room for one that fits
+                self._trim(0)  # free slabs, each too small, may make room for one that fits
             left_bytes = round_down(max(self._limit_bytes - self._reserved_bytes, 0), BLOCK_ALIGNMENT)
             if left_bytes < need_bytes:
                 raise CapacityError(
@@ -250,14 +256,14 @@ class HostArena:
         self._reserved_bytes += slab.nbytes
         return slab
 
-    def _trim(self) -> int:
-        idle = [slab for slab in self._slabs if not len(slab.allocator)]
-        for slab in idle:
-            self._unpin(slab)
-        self._slabs = [slab for slab in self._slabs if len(slab.allocator)]
-        freed_bytes = sum(slab.nbytes for slab in idle)
-        self._reserved_bytes -= freed_bytes
-        return freed_bytes
+    def _trim(self, keep_bytes: int) -> int:
+        before_bytes = self._reserved_bytes
+        for slab in [slab for slab in self._slabs if not len(slab.allocator)]:
+            if self._reserved_bytes - slab.nbytes >= keep_bytes:
+                self._unpin(slab)
+                self._slabs.remove(slab)
+                self._reserved_bytes -= slab.nbytes
+        return before_bytes - self._reserved_bytes
 
     def _pin(self, slab: _Slab) -> None:
         try:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ssdtrain_plugin.policy.base import Placement
+from ssdtrain_plugin.storage.engines import open_drive
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
-from ssdtrain_plugin.storage.posix import PosixTier
 from ssdtrain_plugin.streams import create_streams
 
 MIB = 1 << 20
@@ -24,7 +24,7 @@ def tier(request, streams, device, tmp_path):
     if request.param is Placement.HOST:
         tier = HostTier(256 * MIB, streams=streams)
     else:
-        tier = PosixTier(str(tmp_path), streams=streams, arena=arena, disk_bytes=256 * MIB, device=device)
+        tier = open_drive(str(tmp_path), engine="posix", streams=streams, arena=arena, disk_bytes=256 * MIB)
     yield tier
     tier.close()
     arena.close()

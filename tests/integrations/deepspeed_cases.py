@@ -46,6 +46,8 @@ PIPELINE = [
     _checkpointed.but("disabled", block={"enabled": False}),
     _pipe.but("evaluates", dropout=0.1, evaluates=True),
     _pipe.but("dualpipe", kind="dualpipe", num_blocks=6),
+    _pipe.but("adaptive", block={"policy": "adaptive"}),
+    _pipe.but("dualpipe_adaptive", kind="dualpipe", num_blocks=6, block={"policy": "adaptive"}),
 ]
 
 _plain = Case("", kind="plain", microbatches=2, num_blocks=2)

@@ -20,7 +20,7 @@ def make_config(tmp_path):
     """Build the options of a name in CONFIGS, with changes."""
 
     def make(name="ssd", **changes):
-        options = CONFIGS[name] | changes
+        options = {"policy": "all"} | CONFIGS[name] | changes
         if options.pop("paths", False):
             options["paths"] = [str(tmp_path)]
         return ssdtrain.OffloadConfig(**options)

@@ -21,6 +21,8 @@ def test_training_is_bit_equal(name, config_name, must_load, make_config):
     moved_bytes = [step.stored_bytes + step.host_bytes for step in stats]
     if config_name == "none":
         assert not any(moved_bytes)
+    elif config_name.startswith("adaptive"):
+        assert moved_bytes[0], "it begins with all; what it takes to hide is up to the clock"
     elif must_load:
         assert all(moved_bytes), "the test is vacuous: nothing was moved"
         assert all(step.loaded_bytes for step in stats), "the test is vacuous: nothing was loaded"

@@ -45,7 +45,9 @@ def test_a_backward_that_writes_into_what_another_one_saved(tmp_path, is_stored)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         Model()(x).backward()
     model = Model()
-    with ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1)) as offloader:
+    with ssdtrain.attach(
+        model, ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", min_tensor_bytes=1)
+    ) as offloader:
         loss = model(x)
         if is_stored:
             offloader.cache._queue.wait_idle()
@@ -56,7 +58,7 @@ def test_a_backward_that_writes_into_what_another_one_saved(tmp_path, is_stored)
 def test_a_second_backward_after_one_that_wrote_raises_as_autograd_does(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64), Apply(WritesInBackward))
     x = torch.linspace(0.0, 1.0, 64)
-    with ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1)):
+    with ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1}):
         loss = model(x).sum()
         loss.backward(retain_graph=True)
         with pytest.raises(SavedTensorMutatedError):
@@ -87,7 +89,9 @@ def test_a_storage_freed_under_us_and_filled_again_before_backward(tmp_path):
     expected, x.grad = x.grad, None
     held.clear()
     model = Model()
-    with ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1)) as offloader:
+    with ssdtrain.attach(
+        model, ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", min_tensor_bytes=1)
+    ) as offloader:
         loss = model(x)
         storage, nbytes = held[0].untyped_storage(), held[0].nbytes
         storage.resize_(0)
@@ -115,7 +119,9 @@ def test_threads_that_run_one_model_do_not_close_each_other(tmp_path):
             errors.append(error)
             barrier.abort()
 
-    with ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1)) as offloader:
+    with ssdtrain.attach(
+        model, ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", min_tensor_bytes=1)
+    ) as offloader:
         threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
         for thread in threads:
             thread.start()
@@ -132,7 +138,9 @@ def test_threads_that_run_one_model_do_not_close_each_other(tmp_path):
 @pytest.mark.parametrize("sizes", [(1, 64), (64, 1, 128), (8, 8, 256)])
 def test_all_offloads_all_whatever_the_batches_before(tmp_path, sizes):
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-    with ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1)) as offloader:
+    with ssdtrain.attach(
+        model, ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", min_tensor_bytes=1)
+    ) as offloader:
         for size in sizes:
             model(torch.randn(size, 64)).sum().backward()
             assert offloader.end_step().kept_bytes == 0
@@ -146,7 +154,7 @@ def test_what_the_host_tier_cannot_take_goes_to_the_drive(tmp_path):
             return x.sum()
 
     model, x = Model(), torch.zeros(1 << 16, requires_grad=True)
-    config = ssdtrain.OffloadConfig(paths=str(tmp_path), host_bytes=5 << 18, min_tensor_bytes=1)
+    config = ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", host_bytes=5 << 18, min_tensor_bytes=1)
     with ssdtrain.attach(model, config) as offloader:
         loss = model(x)
         offloader.cache._queue.wait_idle()
@@ -160,7 +168,7 @@ def test_what_the_host_tier_cannot_take_goes_to_the_drive(tmp_path):
 def test_a_fork_with_stores_in_flight_ends_without_waiting(tmp_path):
     """A DataLoader's worker has none of our threads, and locks that may be held for ever."""
     model = nn.Sequential(nn.Linear(256, 256), nn.Tanh())
-    offloader = ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1))
+    offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1})
     loss = model(torch.randn(512, 256)).sum()
     child = os.fork()
     if child == 0:
@@ -180,7 +188,7 @@ def test_a_fork_with_stores_in_flight_ends_without_waiting(tmp_path):
 
 def test_detaching_under_a_live_graph_is_named_where_it_hurts(tmp_path):
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-    offloader = ssdtrain.attach(model, ssdtrain.OffloadConfig(paths=str(tmp_path), min_tensor_bytes=1))
+    offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1})
     loss = model(torch.randn(4, 16)).square().sum()
     offloader.cache._queue.wait_idle()
     offloader.detach()
@@ -201,14 +209,14 @@ def test_attaching_twice_is_refused(tmp_path):
 
 def test_detaching_inside_a_forward_leaves_nothing_on(tmp_path):
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
-    offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1})
+    offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1})
     model[1].register_forward_hook(lambda *_: offloader.detach())
     model(torch.randn(4, 16))
     assert active_hooks() is None
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     model[1]._forward_hooks.clear()
-    with ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1}) as again:
+    with ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1}) as again:
         model(torch.randn(4, 16)).sum().backward()
         assert again.end_step().microbatches == 1
 
@@ -218,7 +226,7 @@ def test_a_collection_inside_the_arena_does_not_stop_the_backward(tmp_path, monk
 
     def build():
         model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
-        offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "min_tensor_bytes": 1})
+        offloader = ssdtrain.attach(model, {"paths": str(tmp_path), "policy": "all", "min_tensor_bytes": 1})
         loss = model(torch.randn(8, 64)).square().sum()
         offloader.cache._queue.wait_idle()
         return loss
@@ -245,10 +253,10 @@ def test_a_storage_freed_before_its_store_begins_is_not_read(tmp_path, tier):
 
     model = Model()
     options = {"host_bytes": "64 MiB"} if tier == "host" else {"paths": str(tmp_path)}
-    with ssdtrain.attach(model, {**options, "min_tensor_bytes": 1, "io_threads": 1}) as offloader:
+    with ssdtrain.attach(model, {**options, "policy": "all", "min_tensor_bytes": 1, "io_threads": 1}) as offloader:
         gate = threading.Event()
         queue = offloader.cache._queue
-        queue.submit(Transfer(Direction.STORE, 1, lambda: gate.wait(60) and None, lambda transfer: None))
+        queue.submit(Transfer(Direction.STORE, 1, lambda: gate.wait(60) and None, lambda transfer: None, (tier, 0)))
         loss = model(torch.ones(1 << 16, requires_grad=True))
         held[0].untyped_storage().resize_(0)
         gate.set()

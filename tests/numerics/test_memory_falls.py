@@ -219,7 +219,8 @@ SCRIPT = """
     model = nn.Sequential(nn.Linear(1024, 1024), *[Layer() for _ in range(16)])
     offloader = None
     if sys.argv[1] != "plain":
-        config = ssdtrain.OffloadConfig(paths=[sys.argv[1]], prefetch_bytes=4 * MIB, max_inflight_bytes=8 * MIB)
+        bounds = {"prefetch_bytes": 4 * MIB, "max_inflight_bytes": 8 * MIB}
+        config = ssdtrain.OffloadConfig(paths=[sys.argv[1]], policy="all", **bounds)
         offloader = ssdtrain.attach(model, config)
     x = torch.randn(1024, 1024)  # 4 MiB
     before = resident_bytes()

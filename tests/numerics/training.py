@@ -15,6 +15,8 @@ CONFIGS = {
     "half": {"paths": True, "min_tensor_bytes": 1, "policy": "fraction", "offload_fraction": 0.5},
     "host": {"host_bytes": 64 * MIB, "min_tensor_bytes": 1},
     "host, then ssd": {"paths": True, "host_bytes": 64 * 1024, "min_tensor_bytes": 1},
+    "adaptive": {"paths": True, "min_tensor_bytes": 1, "policy": "adaptive"},
+    "adaptive, host and ssd": {"paths": True, "host_bytes": MIB, "min_tensor_bytes": 1, "policy": "adaptive"},
     "none": {"policy": "none"},
 }
 

@@ -35,7 +35,7 @@ def test_paths_alone_are_enough():
     config = OffloadConfig(paths=["/mnt/a"])
     assert config.paths == ("/mnt/a",)
     assert config.enabled
-    assert config.policy == "all"
+    assert config.policy == "adaptive"
     assert config.io_engine == "auto"
     assert config.checkpointing == "offload"
 
@@ -106,7 +106,7 @@ def test_a_config_can_be_hashed_copied_and_sent_to_another_process():
 def test_all_faults_are_listed_at_once():
     found = problems_of(
         paths=[7],
-        policy="adaptive",
+        policy="most",
         offload_fraction=1.5,
         prefetch_bytes="lots",
         io_threads=0,
@@ -173,13 +173,12 @@ def test_what_is_far_from_every_name_gets_no_suggestion(typed):
     [
         ("enabled", "yes", "enabled: 'yes' (expected true or false)"),
         ("enabled", 1, "enabled: 1 (expected true or false)"),
-        ("paths", 3, "paths: 3 (expected a directory, or a list of one)"),
-        ("paths", None, "paths: None (expected a directory, or a list of one)"),
+        ("paths", 3, "paths: 3 (expected a directory, or a list of them)"),
+        ("paths", None, "paths: None (expected a directory, or a list of them)"),
         ("paths", [3], "paths.0: 3 (expected text)"),
-        ("paths", ["/a", "/b"], "paths: ('/a', '/b') (expected one directory; several drives are not supported yet)"),
         ("paths", [""], "paths.0: '' (expected text that is not empty)"),
-        ("policy", "adaptive", "policy: 'adaptive' (expected 'all', 'fraction' or 'none')"),
-        ("policy", None, "policy: None (expected 'all', 'fraction' or 'none')"),
+        ("policy", "most", "policy: 'most' (expected 'adaptive', 'all', 'fraction' or 'none')"),
+        ("policy", None, "policy: None (expected 'adaptive', 'all', 'fraction' or 'none')"),
         ("offload_fraction", "0.5", "offload_fraction: '0.5' (expected a number)"),
         ("offload_fraction", -0.1, "offload_fraction: -0.1 (expected greater than or equal to 0)"),
         ("offload_fraction", 1.1, "offload_fraction: 1.1 (expected less than or equal to 1)"),
@@ -195,7 +194,7 @@ def test_what_is_far_from_every_name_gets_no_suggestion(typed):
         ("prefetch_bytes", "lots", "prefetch_bytes: 'lots' is not a size (expected for example '2 GiB')"),
         ("prefetch_bytes", float("inf"), "prefetch_bytes: inf (expected a whole number)"),
         ("prefetch_bytes", None, "prefetch_bytes: None (expected a whole number)"),
-        ("io_engine", "gds", "io_engine: 'gds' (expected 'auto' or 'posix')"),
+        ("io_engine", "spdk", "io_engine: 'spdk' (expected 'auto', 'posix', 'gds' or 'aio')"),
         ("io_threads", 0, "io_threads: 0 (expected greater than or equal to 1)"),
         ("io_threads", 65, "io_threads: 65 (expected less than or equal to 64)"),
         ("io_threads", "4", "io_threads: '4' (expected a whole number)"),

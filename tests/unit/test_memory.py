@@ -114,14 +114,19 @@ def test_free_slabs_make_room_for_a_larger_one_under_a_limit():
     assert arena.reserved_bytes <= 8 * MIB
 
 
-def test_trim_gives_back_free_slabs_only(arena):
-    kept, gone = arena.tensor(4 * MIB), arena.tensor(4 * MIB)
+def test_trim_gives_back_free_slabs_that_were_not_needed_since_the_last_time(arena):
+    kept, gone, also_gone = (arena.tensor(4 * MIB) for _ in range(3))
     kept.fill_(3)
-    del gone
+    del gone, also_gone
+    assert arena.trim() == 0, "they were in use since the last call"
+    again = arena.tensor(4 * MIB)
+    del again
+    assert arena.trim() == 4 * MIB, "two were in use at once"
+    assert arena.reserved_bytes == 8 * MIB
     assert arena.trim() == 4 * MIB
-    assert arena.reserved_bytes == 4 * MIB
     assert bool((kept == 3).all())
     assert arena.trim() == 0
+    assert arena.reserved_bytes == 4 * MIB
 
 
 def test_tensors_outlive_the_arena():
@@ -151,6 +156,7 @@ def test_each_slab_is_pinned_once_and_unpinned():
     for tensor in tensors:
         assert any(start <= tensor.data_ptr() < start + 4 * MIB for start in starts)
     del tensors[4:], tensor
+    arena.trim()
     arena.trim()
     assert list(streams.pinned.values()) == [4 * MIB]
     arena.close()

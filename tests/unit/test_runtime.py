@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import threading
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 import ssdtrain_plugin as ssdtrain
-from ssdtrain_plugin.runtime import build, check, prepare
+from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.preflight import check, prepare
+from ssdtrain_plugin.runtime import build
 
 
 class Model(nn.Module):
@@ -23,7 +26,7 @@ class Model(nn.Module):
 
 
 def options(tmp_path, **changes):
-    return ssdtrain.OffloadConfig(**({"paths": [str(tmp_path)], "min_tensor_bytes": 1} | changes))
+    return ssdtrain.OffloadConfig(**({"paths": [str(tmp_path)], "policy": "all", "min_tensor_bytes": 1} | changes))
 
 
 def step(model):
@@ -146,3 +149,28 @@ def test_a_model_that_is_dropped_gives_everything_back(tmp_path):
         if thread.name.startswith("ssdtrain-"):
             thread.join(10)
     assert threading.active_count() <= before
+
+
+# Several drives, and memory that is not there
+
+
+def test_several_paths_are_several_drives(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in paths:
+        os.mkdir(path)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    with ssdtrain.attach(model, {"paths": paths, "min_tensor_bytes": 1}) as offloader:
+        model(torch.randn(64, 256)).sum().backward()
+        report = offloader.report()
+    assert all(path in report for path in paths)
+
+
+def test_a_directory_listed_twice_is_refused(tmp_path):
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="listed twice"):
+        check({"paths": [str(tmp_path), str(tmp_path / "again")]}, source="the test", local_rank=0)
+
+
+def test_more_host_memory_than_there_is_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"host_bytes: 65536\.0 TiB \(expected at most .* free host memory\)"):
+        check({"host_bytes": 64 << 50}, source="the test", local_rank=0)

@@ -229,3 +229,31 @@ def test_a_defect_in_finish_does_not_make_anybody_wait_for_ever(make_queue):
     queue.wait(one)
     queue.wait_idle()
     assert one.state is TransferState.DONE
+
+
+# Lanes
+
+
+def test_a_slow_drive_does_not_hold_up_a_fast_one():
+    """All threads of one lane wait; the other lane goes on in the same direction."""
+    queue = TransferQueue(io_threads=2, max_inflight_bytes=1 << 30)
+    gate = Gate(is_open=False)
+    slow = [Transfer(Direction.STORE, 1, gate.pass_through, lambda done: None, lane="slow") for _ in range(4)]
+    fast = [Transfer(Direction.STORE, 1, lambda: None, lambda done: None, lane="fast") for _ in range(4)]
+    for transfer in (*slow, *fast):
+        queue.submit(transfer)
+    for transfer in fast:
+        queue.wait(transfer)
+    assert {transfer.state for transfer in slow} <= {TransferState.QUEUED, TransferState.RUNNING}
+    gate.open()
+    queue.wait_idle()
+    assert {transfer.state for transfer in slow} == {TransferState.DONE}
+    queue.close()
+
+
+def test_close_ends_the_threads_of_every_lane():
+    queue = TransferQueue(io_threads=1, max_inflight_bytes=1 << 30)
+    for lane in range(3):
+        queue.submit(Transfer(Direction.LOAD, 1, lambda: None, lambda done: None, lane=lane))
+    queue.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ssdtrain-load")]

@@ -1,0 +1,315 @@
+"""The commands of ``ssdtrain bench``. Parses, prints, and leaves the work to :mod:`ssdtrain_plugin.bench`.
+
+As in :mod:`ssdtrain_plugin.cli`, commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from ssdtrain_plugin.errors import OffloadError
+from ssdtrain_plugin.units import KIB, format_bytes, format_rate, parse_bytes
+
+if TYPE_CHECKING:
+    from ssdtrain_plugin.bench.io import IoReport, Place, Row
+
+__all__ = ["bench", "size_in_bytes"]
+
+bench = typer.Typer(help="Measure the plugin on this machine.", no_args_is_help=True)
+
+
+def size_in_bytes(text: str) -> int:
+    """Read a size from an option.
+
+    Args:
+        text: For example ``1 GiB``.
+
+    Raises:
+        typer.BadParameter: It is not a size, or it is zero.
+    """
+    try:
+        nbytes = parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if nbytes < 1:
+        raise typer.BadParameter(f"{text!r} (expected more than zero bytes)")
+    return nbytes
+
+
+@bench.command("hooks")
+def bench_hooks(
+    tensors: Annotated[int, typer.Option(min=1, help="Saved tensors per pass.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each variant, interleaved.")] = 41,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure pack plus unpack of one saved tensor, without I/O, beside hooks that do nothing."""
+    from ssdtrain_plugin.bench.hooks import measure  # torch
+
+    with Progress(
+        TextColumn("measuring hooks"), BarColumn(), console=Console(stderr=True), disable=as_json
+    ) as progress:
+        task = progress.add_task("hooks", total=rounds + 1)
+        costs = measure(num_tensors=tensors, rounds=rounds, on_round=lambda: progress.advance(task))
+    if as_json:
+        typer.echo(json.dumps([asdict(cost) for cost in costs], indent=2))
+        return
+    table = Table(title=f"microseconds per saved tensor, forward plus backward (median of {rounds} interleaved passes)")
+    table.add_column("variant")
+    table.add_column("in all", justify="right")
+    table.add_column("over identity hooks", justify="right")
+    for cost in costs:
+        table.add_row(cost.name, f"{cost.median_microseconds:.1f}", f"{cost.over_identity_microseconds:+.1f}")
+    Console(highlight=False).print(table)
+
+
+@bench.command("io")
+def bench_io(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Directories on the drives.")],
+    engine: Annotated[list[str] | None, typer.Option(help="auto, posix, aio or gds; repeat it for several.")] = None,
+    size: Annotated[str, typer.Option(help="Bytes of each pass; more is steadier.")] = "1 GiB",
+    block: Annotated[str, typer.Option(help="Bytes of each transfer.")] = "16 MiB",
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Transfers at once, per drive and direction.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Visits of each side, interleaved.")] = 5,
+    throttle: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RATE", help="Slow the last path down, for example 500MB/s; repeat it for the last ones."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Measure write, read and both at once beside fio; several paths alone and striped. Exits with 1 if it cannot."""
+    size_bytes, block_bytes = size_in_bytes(size), size_in_bytes(block)
+    if block_bytes % (4 * KIB):
+        raise typer.BadParameter(f"--block: {block!r} (expected a multiple of 4 KiB)")
+    if size_bytes < 2 * block_bytes:
+        raise typer.BadParameter(f"--size: {size!r} (expected at least two blocks, {format_bytes(2 * block_bytes)})")
+    throttles = tuple(size_in_bytes(text.strip().removesuffix("/s")) for text in throttle or ())
+    if len(throttles) > len(paths):
+        raise typer.BadParameter(f"--throttle: given {len(throttles)} times (expected at most once a path)")
+    engines = tuple(engine or ("auto",))
+    unknown = [name for name in engines if name not in ("auto", "posix", "aio", "gds")]
+    if unknown:
+        raise typer.BadParameter(f"--engine: {unknown[0]!r} (expected auto, posix, aio or gds)")
+    from ssdtrain_plugin.bench.io import IoOptions, measure_io  # torch
+
+    options = IoOptions(size_bytes, block_bytes, threads, rounds, engines, throttles)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,  # it would draw while something is timed
+        transient=True,
+        disable=as_json,
+    ) as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=escape(what), completed=done, total=total, refresh=True)
+
+        try:
+            report = measure_io(paths, options, show)
+        except OffloadError as error:
+            progress.stop()
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+    else:
+        _print_io(Console(highlight=False), report)
+
+
+def _print_io(console: Console, report: IoReport) -> None:
+    """Print a table a place, then what is worth knowing."""
+    console.print(
+        f"{format_bytes(report.size_bytes)} a pass in blocks of {format_bytes(report.block_bytes)}, {report.threads} "
+        f"at once; medians of {report.rounds} interleaved rounds; fio: {report.fio or 'none'}\n",
+        soft_wrap=True,
+    )
+    for place in report.places:
+        console.print(escape(_title(place)), style="bold", soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
+        for name in ("", "by", "median", "lowest", "highest", "of fio", "CPU/GiB"):
+            table.add_column(name, justify="left" if name in ("", "by") else "right", no_wrap=True)
+        is_striped = len(place.paths) > 1
+        if is_striped:
+            table.add_column("of the sum", justify="right")
+        for cells in _io_rows(place.rows, is_striped=is_striped):
+            table.add_row(*cells)
+        console.print(table)
+        console.print()
+    for remark in report.remarks:
+        console.print(f"note: {escape(remark)}", soft_wrap=True)
+
+
+def _title(place: Place) -> str:
+    names = [
+        path if throttle is None else f"{path} (throttled to {format_rate(throttle)})"
+        for path, throttle in zip(place.paths, place.throttles, strict=True)
+    ]
+    return names[0] if len(names) == 1 else f"all together: {', '.join(names)}"
+
+
+def _io_rows(rows: tuple[Row, ...], *, is_striped: bool) -> list[list[str]]:
+    """Turn the sides at one place into cells, all sides of one direction below each other."""
+    cells = [
+        ["first write", row.method, format_rate(row.first_write_bytes_per_second)]
+        for row in rows
+        if row.first_write_bytes_per_second is not None
+    ]
+    for direction in rows[0].figures:
+        for row in rows:
+            figure = row.figures[direction]
+            rates = figure.bytes_per_second_by_round
+            cells.append(
+                [direction, row.method, *map(format_rate, (figure.bytes_per_second, min(rates), max(rates)))]
+                + [_percent(figure.share_of_fio), f"{figure.cpu_milliseconds_per_gib:.1f} ms"]
+                + ([_percent(figure.share_of_sum)] if is_striped else [])
+            )
+    return cells
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+@bench.command("step")
+def bench_step(
+    path: Annotated[str, typer.Argument(help="A directory on the drive.")],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="keep, count, recompute, or a policy; repeat it. By default keep, count and all."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="layers, hidden, heads, sequence, microbatch or dtype; repeat it."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the plugin, for what moves bytes; repeat it."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each strategy that count, interleaved.")] = 5,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Compute threads; repeat it. By default a run with 1 and one with 2."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Measure a training step of a transformer beside the same step without the plugin. Exits with 1 if bits differ."""
+    # Page-aligned CPU tensors go to the drive and come back without a copy. torch reads
+    # this at its first allocation; it is the same for all strategies.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from ssdtrain_plugin.bench.models import DecoderShape  # torch
+    from ssdtrain_plugin.bench.step import (
+        DEFAULT_OPTIONS,
+        DEFAULT_STRATEGIES,
+        DEFAULT_THREADS,
+        StepSettings,
+        measure,
+        table_of,
+    )
+
+    sizes = _assignments("--model", model)
+    unknown = sizes.keys() - {field.name for field in fields(DecoderShape)}
+    if unknown:
+        raise typer.BadParameter(f"--model: {min(unknown)!r} (expected a size of the model, see --help)")
+    try:
+        settings = StepSettings(
+            path=path,
+            shape=DecoderShape(**sizes),
+            strategies=tuple(strategy or DEFAULT_STRATEGIES),
+            rounds=rounds,
+            threads=tuple(threads or DEFAULT_THREADS),
+            device=device,
+            options={**DEFAULT_OPTIONS, **_assignments("--option", option)},
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with _step_progress(settings.num_steps, is_shown=not as_json) as tell:
+        report = measure(settings, on_step=tell)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+    else:
+        for run in report.runs:
+            Console(highlight=False).print(table_of(run))
+    raise typer.Exit(0 if report.is_equal else 1)
+
+
+def _assignments(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` as often as it was given; a value is read as in YAML."""
+    values = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{option}: {text!r} (expected NAME=VALUE)")
+        values[name.strip()] = yaml.safe_load(value)
+    return values
+
+
+@bench.command("adapt")
+def bench_adapt(
+    path: Annotated[str, typer.Argument(help="A directory on the drive.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each policy and speed that count, interleaved.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=2, help="Rounds before them, in which the adaptive policy learns.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
+    factor: Annotated[
+        list[float] | None,
+        typer.Option(help="Speed of the drive over what full offload needs; repeat it. By default 0.1 to 4."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for adapt.json and adapt.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Train with every policy on drives of different speeds, beside keeping and recomputing, and the lower bound."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for `step`
+    from ssdtrain_plugin.bench.adapt import FACTORS, AdaptSettings, measure, plot, table_of
+
+    settings = AdaptSettings(
+        path=path, rounds=rounds, warm_up_rounds=warm_up, threads=threads, factors=tuple(sorted(factor or FACTORS))
+    )
+    if settings.factors[0] <= 0:
+        raise typer.BadParameter(f"--factor: {settings.factors[0]} (expected more than 0)")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    with _step_progress(settings.num_steps, is_shown=not as_json) as tell:
+        report = measure(settings, on_step=tell)
+    text = json.dumps(asdict(report), indent=2)
+    if output is not None:
+        (output / "adapt.json").write_text(text + "\n", encoding="utf-8")
+        plot(report, output / "adapt.png")
+    if as_json:
+        typer.echo(text)
+    else:
+        Console(highlight=False).print(table_of(report))
+    raise typer.Exit(0 if all(cell.summary.is_equal for cell in report.cells) else 1)
+
+
+@contextlib.contextmanager
+def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[Callable[[str], None]]:
+    """Show a bar that moves when it is told a step's name; an error of ours ends the command with its text."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,  # it would draw while something is timed
+        transient=True,
+        disable=not is_shown,
+    ) as progress:
+        task = progress.add_task("preparing", total=num_steps)
+        try:
+            yield lambda name: progress.update(task, description=name, advance=1, refresh=True)
+        except OffloadError as error:
+            progress.stop()
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None

@@ -1,0 +1,292 @@
+"""A drive as a tier: one extent file, and an engine that moves its bytes.
+
+Every byte count is checked and every ``OSError`` is mapped here, once, whatever the
+engine. It knows bytes and offsets; when to move them is the transfer queue's business.
+
+Note [Aligned or staged]. O_DIRECT wants memory, offset and length aligned. Extents
+are padded, so offset and length always can be. Where the engine can move a tensor's
+bytes where they lie, it does; else, and for the last bytes of an odd length, they go
+through staging memory of the engine. Padding never runs over memory that may belong
+to somebody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
+from ssdtrain_plugin.storage.base import Engine, Extent, Rates, Tier
+from ssdtrain_plugin.storage.extent_file import FULL, ExtentFile, cannot_create
+from ssdtrain_plugin.storage.extents import round_up
+from ssdtrain_plugin.storage.posix import length_alignment
+from ssdtrain_plugin.storage.probe import DirectoryReport, probe_directory
+from ssdtrain_plugin.storage.tally import Tally
+from ssdtrain_plugin.streams import DeviceEvent, Streams
+from ssdtrain_plugin.units import GIB, MIB, format_bytes
+
+__all__ = ["DriveTier"]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 8 * MIB
+_CALL_BYTES = GIB
+
+CreateEngine = Callable[[int, DirectoryReport], Engine]
+"""Builds the engine for a descriptor and what is known of its directory."""
+
+
+class DriveTier(Tier):
+    """One extent file in one directory.
+
+    Args:
+        path: A directory on the drive.
+        create_engine: Builds what moves the bytes.
+        streams: Copy between device and staging memory.
+        disk_bytes: Bound on the file, or None for the space free now minus 5 %.
+
+    Raises:
+        StorageError: No file can be created in the directory.
+        EnvironmentUnsupportedError: The engine does not work here.
+    """
+
+    name = "ssd"
+
+    def __init__(
+        self, path: str, *, create_engine: CreateEngine, streams: Streams, disk_bytes: int | None = None
+    ) -> None:
+        """Probe the directory and open the extent file, empty."""
+        self._path = path
+        self._streams = streams
+        try:
+            self._report = probe_directory(path)
+        except OSError as error:
+            raise cannot_create(path, error) from error
+        self._file = ExtentFile(self._report, disk_bytes)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._file.close)
+            self._engine = create_engine(self._file.fd, self._report)
+            on_failure.pop_all()
+        if not self._report.supports_direct:
+            logger.warning(
+                "`%s` is used through the page cache (O_DIRECT %s); hint: choose a directory on ext4 or xfs on a drive",
+                path,
+                self._report.direct_reason,
+            )
+        self._length_alignment = length_alignment(self._report)
+        self._writes, self._reads = Tally(), Tally()
+
+    @property
+    def report(self) -> DirectoryReport:
+        """What the directory can do."""
+        return self._report
+
+    @property
+    def is_direct(self) -> bool:
+        """The page cache is bypassed."""
+        return self._report.supports_direct
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes reserved now."""
+        return self._file.used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes left of the budget; the drive may have less."""
+        return self._file.free_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes taken from the drive."""
+        return self._file.file_bytes
+
+    def describe(self) -> str:
+        """Name directory, file system, engine and capacity in one line."""
+        limit = format_bytes(self._file.limit_bytes)
+        return f"ssd: `{self._path}` ({self._report.file_system}), {self._engine.describe()}, up to {limit}"
+
+    def allocate(self, nbytes: int) -> Extent:
+        """Reserve room, growing the file if need be; see :meth:`Tier.allocate`."""
+        return self._file.allocate(nbytes)
+
+    def write(self, extent: Extent, source: Tensor, ready: DeviceEvent) -> None:
+        """Write all of ``source``; see :meth:`Tier.write`."""
+        with self._transfer(extent, source, StoreError):
+            begin = self._engine.in_place_bytes(source)
+            if begin:
+                ready.synchronize()
+                self._move(StoreError, extent, source, 0, begin)
+            if begin < extent.nbytes:
+                self._write_staged(extent, source, begin, ready)
+
+    def read(self, extent: Extent, target: Tensor, ready: DeviceEvent) -> DeviceEvent:
+        """Read all of ``extent``; see :meth:`Tier.read`."""
+        with self._transfer(extent, target, LoadError):
+            begin = self._engine.in_place_bytes(target)
+            if begin:
+                ready.synchronize()
+                self._move(LoadError, extent, target, 0, begin)
+            if begin < extent.nbytes:
+                return self._read_staged(extent, target, begin, ready)
+            return DeviceEvent()  # the bytes are where they belong
+
+    def free(self, extent: Extent) -> None:
+        """Give an extent back; its bytes in the file are used again."""
+        self._file.free(extent)
+
+    def take_rates(self) -> Rates:
+        """Tell how fast the engine was; copies to and from staging memory are not in it."""
+        return Rates(self._writes.take(), self._reads.take())
+
+    def trim(self) -> None:
+        """Give back space that was not in use for long; see :meth:`Tier.trim`."""
+        self._file.trim()
+
+    def close(self) -> None:
+        """Let the file and its space go, at once or with the end of the last transfer; never waits."""
+        self._file.close()
+        self._close_engine_if_unused()
+
+    def _close_engine_if_unused(self) -> None:
+        if self._file.is_unused:
+            self._engine.close()
+
+    # Transfers
+
+    @contextlib.contextmanager
+    def _transfer(self, extent: Extent, tensor: Tensor, kind: type[StorageError]) -> Iterator[None]:
+        """Hold the file open for one transfer, and map the lack of staging memory."""
+        if tensor.numel() != extent.nbytes or tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+            raise StateError(
+                f"a transfer of {extent.nbytes} bytes was given a tensor of {tensor.numel()} {tensor.dtype} "
+                "(expected as many, uint8, contiguous)"
+            )
+        with self._file.transfer(extent) as is_open:
+            if not is_open:
+                raise self._failure(kind, extent, extent.offset, extent.nbytes, "the tier is closed", None)
+            try:
+                yield
+            except CapacityError as error:
+                reason = f"no staging memory: {error.message}"
+                raise self._failure(kind, extent, extent.offset, extent.nbytes, reason, error.errno) from error
+        self._close_engine_if_unused()
+
+    @contextlib.contextmanager
+    def _staging(self, count: int, nbytes: int) -> Iterator[list[Tensor]]:
+        """Lend ``count`` blocks of at least ``nbytes`` host memory that the engine moves whole.
+
+        The list is emptied at the end: the frames that an exception keeps alive would
+        keep the blocks too. So no local variable may name one.
+        """
+        blocks: list[Tensor] = []
+        try:
+            for _ in range(count):
+                blocks.append(self._engine.staging(nbytes))
+            yield blocks
+        finally:
+            blocks.clear()
+
+    def _chunks(self, extent: Extent, begin: int) -> list[tuple[int, int]]:
+        """Cut ``begin`` to the end of the extent in pieces of one staging block."""
+        starts = range(begin, extent.nbytes, _CHUNK_BYTES)
+        return [(start, min(start + _CHUNK_BYTES, extent.nbytes)) for start in starts]
+
+    def _write_staged(self, extent: Extent, source: Tensor, begin: int, ready: DeviceEvent) -> None:
+        """Copy one chunk while the one before it is written."""
+        chunks = self._chunks(extent, begin)
+        with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
+            copied: list[DeviceEvent] = []
+            try:
+                for index, (start, end) in enumerate(chunks):
+                    # This block's last write has returned: two writes ago.
+                    block = blocks[index % 2][: end - start]
+                    copied.append(self._streams.copy_to_host(block, source[start:end], ready))
+                    del block
+                    if index > 0:
+                        self._write_chunk(extent, chunks[index - 1], blocks, index - 1, copied[index - 1])
+                self._write_chunk(extent, chunks[-1], blocks, len(chunks) - 1, copied[-1])
+            finally:
+                # Staging may be given to another thread only after the copies into it.
+                for event in copied[-2:]:
+                    event.synchronize()
+
+    def _write_chunk(
+        self, extent: Extent, chunk: tuple[int, int], blocks: list[Tensor], index: int, copied: DeviceEvent
+    ) -> None:
+        start, end = chunk
+        copied.synchronize()
+        self._move(StoreError, extent, blocks[index % 2], start, round_up(end - start, self._length_alignment))
+
+    def _read_staged(self, extent: Extent, target: Tensor, begin: int, ready: DeviceEvent) -> DeviceEvent:
+        """Read one chunk while the one before it is copied; return with all copies done."""
+        chunks = self._chunks(extent, begin)
+        with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
+            copied: list[DeviceEvent] = []
+            try:
+                for index, (start, end) in enumerate(chunks):
+                    if index >= 2:
+                        copied[index - 2].synchronize()
+                    size = round_up(end - start, self._length_alignment)
+                    self._move(LoadError, extent, blocks[index % 2], start, size)
+                    block = blocks[index % 2][: end - start]
+                    copied.append(self._streams.copy_to_device(target[start:end], block, ready))
+                    del block
+            finally:
+                # Staging may be given to another thread only after the copies out of it.
+                for event in copied[-2:]:
+                    event.synchronize()
+            return copied[-1]
+
+    def _move(self, kind: type[StorageError], extent: Extent, memory: Tensor, start: int, nbytes: int) -> None:
+        """Move ``nbytes`` between the beginning of ``memory`` and byte ``start`` of the extent, or raise."""
+        is_store = kind is StoreError
+        call, tally = (self._engine.write, self._writes) if is_store else (self._engine.read, self._reads)
+        skip = 0
+        for offset, size in _calls(extent, start, nbytes):
+            try:
+                with tally.count(size):
+                    count = call(memory[skip:] if skip else memory, size, offset)
+            except OSError as error:
+                del memory  # frames that an exception keeps alive must not hold staging memory
+                failure = self._failure(kind, extent, offset, size, error.strerror or str(error), error.errno)
+                raise failure from error.with_traceback(None)
+            if count != size:
+                del memory
+                reason = f"{'wrote' if is_store else 'read'} {count} bytes, expected {size}"
+                raise self._failure(kind, extent, offset, size, reason, None)
+            skip += size
+
+    def _failure(
+        self,
+        kind: type[StorageError],
+        extent: Extent,
+        offset: int,
+        nbytes: int,
+        reason: str,
+        error_number: int | None,
+    ) -> StorageError:
+        is_store = kind is StoreError
+        outcome = "the tensor stays in memory" if is_store else "the bytes are lost: resume from a checkpoint"
+        if error_number in FULL:
+            reason = f"{reason}, {format_bytes(self._file.drive_free_bytes())} free"
+        return kind(
+            f"cannot {'store' if is_store else 'load'} activation: {format_bytes(extent.nbytes)} "
+            f"{'to' if is_store else 'from'} `{self._path}` at {offset} ({reason})",
+            errno=error_number,
+            path=self._path,
+            offset=offset,
+            nbytes=nbytes,
+            hint=f"look for drive errors in `dmesg`; {outcome}",
+        )
+
+
+def _calls(extent: Extent, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Cut a part of an extent into pairs of offset and bytes, one for each call of the engine."""
+    for offset, size in extent.ranges(start, nbytes):
+        for skip in range(0, size, _CALL_BYTES):
+            yield offset + skip, min(_CALL_BYTES, size - skip)

@@ -1,0 +1,257 @@
+"""One unlinked file that grows in steps, and who has which part of it. Moves no bytes.
+
+The file is never given a name, so its space returns to the drive when the process
+ends, however it ends. Rewriting allocated blocks is twice as fast as writing new
+ones, so space that is freed is used again first and goes back to the drive only
+when a long time has shown that it is not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+
+from ssdtrain_plugin.errors import CapacityError, StateError, StorageError
+from ssdtrain_plugin.storage.base import Extent
+from ssdtrain_plugin.storage.extents import ExtentAllocator, round_down, round_up
+from ssdtrain_plugin.storage.probe import DirectoryReport, open_unlinked
+from ssdtrain_plugin.units import MIB, format_bytes
+
+__all__ = ["FULL", "ExtentFile"]
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers that say: no room, and nothing is broken."""
+
+_EXTENT_ALIGNMENT = 4096  # file systems serialise writes of parts of their blocks
+_GROWTH_BYTES = 256 * MIB
+_MIN_PIECE_BYTES = MIB  # a drive moves pieces of this size about as fast as larger ones
+_DEFAULT_FREE_FRACTION = 0.95
+_NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class ExtentFile:
+    """The file of one directory and its allocator.
+
+    Args:
+        report: Of the directory.
+        disk_bytes: Bound on the file, or None for the space free now minus 5 %.
+
+    Raises:
+        StorageError: No file can be created in the directory.
+
+    Threads:
+        Any. Growing takes system calls; the lock that transfers need is not held
+        meanwhile.
+
+    Attributes:
+        fd: Open for reading and writing, with O_DIRECT where it works.
+        path: The directory.
+        limit_bytes: Bound on the file.
+    """
+
+    def __init__(self, report: DirectoryReport, disk_bytes: int | None) -> None:
+        """Open the file, empty."""
+        self.path = report.path
+        try:
+            self.fd, _ = open_unlinked(self.path, direct=report.supports_direct)
+        except OSError as error:
+            raise cannot_create(self.path, error) from error
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self._close_fd.atexit = False  # worker threads may still run then; the kernel closes it
+        alignment = max(report.alignment_bytes, _EXTENT_ALIGNMENT)
+        self._allocator = ExtentAllocator(alignment, min_piece_bytes=_MIN_PIECE_BYTES)
+        if disk_bytes is None:
+            disk_bytes = int(report.free_bytes * _DEFAULT_FREE_FRACTION)
+        self.limit_bytes = round_down(disk_bytes, self._allocator.alignment)
+        self._file_bytes = 0
+        self._peak_bytes = 0
+        # Reentrant: a collection inside a locked region may run a finalizer that closes the tier.
+        self._growing = threading.RLock()
+        self._lock = threading.RLock()
+        self._num_active = 0
+        self._is_closed = False
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes reserved now."""
+        with self._lock:
+            return self._allocator.used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes left of the bound; the drive may have less."""
+        with self._lock:
+            return 0 if self._is_closed else self.limit_bytes - self._allocator.used_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self._file_bytes
+
+    def allocate(self, nbytes: int) -> Extent:
+        """Reserve room, growing the file if need be.
+
+        Args:
+            nbytes: At least 1.
+
+        Raises:
+            CapacityError: The bound or the drive has no room.
+        """
+        with self._growing:
+            extent = self._allocate(nbytes)
+            if extent is None:
+                self._grow(nbytes)
+                extent = self._allocate(nbytes)
+            if extent is None:
+                raise StateError(f"a file grown to {self._file_bytes} bytes has no room for {nbytes}")
+            return extent
+
+    def free(self, extent: Extent) -> None:
+        """Give an extent back; its bytes in the file are used again.
+
+        Raises:
+            StateError: It was freed before, or is not from here.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._allocator.free(extent)
+
+    @contextlib.contextmanager
+    def transfer(self, extent: Extent) -> Iterator[bool]:
+        """Hold the file open while bytes of an extent move.
+
+        Gives False if the file is closed: then nothing may be moved.
+
+        Raises:
+            StateError: The extent is not live.
+        """
+        with self._lock:
+            is_open = not self._is_closed
+            if is_open and extent not in self._allocator:
+                raise StateError(f"a transfer at {extent.offset} uses an extent that is not allocated")
+            self._num_active += is_open
+        try:
+            yield is_open
+        finally:
+            with self._lock:
+                self._num_active -= is_open
+                self._close_if_unused()
+
+    def trim(self) -> int:
+        """Give back to the drive what has not been in use since the last call, but for a reserve.
+
+        Returns:
+            Bytes given back.
+        """
+        with self._growing, self._lock:
+            peak_bytes, self._peak_bytes = self._peak_bytes, self._allocator.high_water_bytes
+            keep_bytes = round_up(peak_bytes, _GROWTH_BYTES) + _GROWTH_BYTES
+            surplus_bytes = self._file_bytes - keep_bytes
+            if self._is_closed or surplus_bytes < _GROWTH_BYTES:
+                return 0
+            os.ftruncate(self.fd, keep_bytes)
+            self._file_bytes = keep_bytes
+            return surplus_bytes
+
+    def close(self) -> None:
+        """Let the file and its space go, at once or with the end of the last transfer under way.
+
+        It never waits: a transfer may hang in the kernel, and the collector may call
+        this in the very thread that transfers.
+        """
+        with self._lock:
+            self._is_closed = True
+            self._close_if_unused()
+
+    @property
+    def is_unused(self) -> bool:
+        """It is closed and no transfer is under way."""
+        with self._lock:
+            return self._is_closed and self._num_active == 0
+
+    def drive_free_bytes(self) -> int:
+        """Ask the file system how much is free for this user."""
+        space = os.statvfs(self.path) if self._is_closed else os.fstatvfs(self.fd)
+        return space.f_bavail * space.f_frsize
+
+    def _close_if_unused(self) -> None:
+        # A closed descriptor's number is reused: a late write would hit another file.
+        if self._is_closed and self._num_active == 0:
+            with contextlib.suppress(OSError):  # late write errors: nobody needs the bytes
+                self._close_fd()
+
+    def _allocate(self, nbytes: int) -> Extent | None:
+        with self._lock:
+            if self._is_closed:
+                raise self._no_room(nbytes, "the tier is closed", None, "close it after the last store")
+            extent = self._allocator.allocate(nbytes, self._file_bytes)
+            self._peak_bytes = max(self._peak_bytes, self._allocator.high_water_bytes)
+            return extent
+
+    def _grow(self, nbytes: int) -> None:
+        """Make room for one extent of ``nbytes`` at the end of the file.
+
+        Raises:
+            CapacityError: The bound or the drive has no room.
+        """
+        with self._lock:
+            need_bytes = self._allocator.high_water_bytes + round_up(nbytes, self._allocator.alignment)
+            left_bytes = self.limit_bytes - self._allocator.used_bytes
+        if need_bytes > self.limit_bytes:
+            pieces = "in pieces, " if left_bytes >= nbytes else ""
+            reason = f"{format_bytes(left_bytes)} left {pieces}of {format_bytes(self.limit_bytes)}"
+            raise self._no_room(nbytes, reason, None, "raise `disk_bytes` or lower `offload_fraction`")
+        step_bytes = min(max(need_bytes, self._file_bytes + _GROWTH_BYTES), self.limit_bytes)
+        try:
+            self._resize(step_bytes)
+        except OSError as error:
+            if error.errno not in FULL:
+                hint = "look for drive errors in `dmesg`"
+                raise self._no_room(nbytes, error.strerror or str(error), error.errno, hint) from error
+            try:
+                self._resize(need_bytes)
+            except OSError as final:
+                reason = f"{final.strerror or final}, {format_bytes(self.drive_free_bytes())} free"
+                hint = f"lower `offload_fraction` or free space in `{self.path}`"
+                raise self._no_room(nbytes, reason, final.errno, hint) from final
+
+    def _resize(self, nbytes: int) -> None:
+        try:
+            os.posix_fallocate(self.fd, self._file_bytes, nbytes - self._file_bytes)
+        except OSError as error:
+            # What was allocated before it failed goes back.
+            os.ftruncate(self.fd, self._file_bytes)
+            if error.errno not in _NO_FALLOCATE:
+                raise
+            os.ftruncate(self.fd, nbytes)  # sparse: a full drive shows at the write
+        self._file_bytes = nbytes
+
+    def _no_room(self, nbytes: int, reason: str, error_number: int | None, hint: str) -> CapacityError:
+        offset = self._allocator.high_water_bytes
+        return CapacityError(
+            f"cannot store activation: {format_bytes(nbytes)} to `{self.path}` at {offset} ({reason})",
+            errno=error_number,
+            path=self.path,
+            offset=offset,
+            nbytes=nbytes,
+            hint=f"{hint}; the tensor stays in memory meanwhile",
+        )
+
+
+def cannot_create(path: str, error: OSError) -> StorageError:
+    """Make the error for a directory in which no file can be created.
+
+    Args:
+        path: The directory.
+        error: What the system said.
+    """
+    return StorageError(
+        f"cannot create the extent file: in `{path}` ({error.strerror})",
+        errno=error.errno,
+        path=path,
+        hint=f"ask `ssdtrain doctor {path}` what is wrong with the directory",
+    )
