@@ -102,6 +102,7 @@ class Record:
         is_copy: ``storage`` is a copy of a small span of a large storage.
         is_forwarded: Handed back from memory although it was offloaded.
         is_ahead: Loaded or held for a backward that has not asked yet.
+        ahead_of: The micro-batch of that backward, if a tier has the bytes.
         is_moving: A transfer copies its bytes from its tier to another.
         num_transfers: Once freed: how many transfers must end before its extent may be.
         num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
@@ -130,6 +131,7 @@ class Record:
     is_copy = False
     is_forwarded = False
     is_ahead = False
+    ahead_of = -1
     is_moving = False
     num_transfers = 0
     num_handles = 0

@@ -6,6 +6,7 @@ Part of :class:`ssdtrain_plugin.cache.TensorCache`, which calls it under its loc
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -97,6 +98,7 @@ class Reloader:
         self._prefetch_bytes = prefetch_bytes
         self._bounds = LoadBounds(prefetch_bytes, prefetch_bytes + _UNBOUNDED)
         self._ahead_bytes = 0
+        self._num_ahead: Counter[int] = Counter()
         self._kept_bytes = 0
         self._kept: dict[int, list[Record]] = {}
         self._announced: int | None = None
@@ -178,12 +180,15 @@ class Reloader:
             self._bounds.prefetch_bytes - self._ahead_bytes,
             self._bounds.window_bytes - self._ahead_bytes - self._kept_bytes,
         )
-        for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=self._ahead_bytes == 0):
+        # What was loaded for the backward after it is no reason to let this one wait.
+        num_ahead = self._ahead_bytes if microbatch == self._announced else self._num_ahead[microbatch]
+        for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=not num_ahead):
             record = self._table[serial]
             if record.lives() is None:
                 continue
             if not record.is_ahead:
-                record.is_ahead = True
+                record.is_ahead, record.ahead_of = True, microbatch
+                self._num_ahead[microbatch] += 1
                 self._ahead_bytes += record.span.nbytes
             if record.state is State.STORING:
                 self._forward(record)
@@ -267,6 +272,9 @@ class Reloader:
             self._kept_bytes -= record.span.nbytes
         else:
             self._ahead_bytes -= record.span.nbytes
+            self._num_ahead[record.ahead_of] -= 1
+            if not self._num_ahead[record.ahead_of]:
+                del self._num_ahead[record.ahead_of]
 
     def stay_resident(self, record: Record) -> None:
         """Give up the place on the tier: the bytes are in memory and stay there.

@@ -29,8 +29,9 @@ import shlex
 import shutil
 import subprocess
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,8 +150,13 @@ class _Handle:
         )
 
     def __del__(self) -> None:
-        if hasattr(self, "real") and os.getpid() != self._pid:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.real))
+        self.close()
+
+    def close(self) -> None:
+        """Destroy it: join its thread and give its contexts back. Calling this twice does nothing."""
+        real = self.__dict__.pop("real", None)
+        if real is not None and os.getpid() != self._pid:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(real))
 
     def write(self, memory: Tensor, path: str, offset: int) -> int:
         """Write ``memory``; return how many bytes, from the first, are in the file."""
@@ -164,7 +170,10 @@ class _Handle:
         moved_bytes = 0
         for piece in memory.split(self._call_bytes):
             self._take()  # what an interrupted call has left
+            num_owners = _count_owners(piece)
             num_calls = call(piece, path, offset + moved_bytes)
+            while _count_owners(piece) > num_owners:
+                time.sleep(0)  # Note [The end of the interpreter]: its thread lets go a moment later
             completions = self._take()
             for completion in completions:
                 if completion.result < 0:
@@ -179,6 +188,12 @@ class _Handle:
 
     def _take(self) -> list[Completion]:
         return [completion for ring in self._rings for completion in ring.take()]
+
+
+def _count_owners(tensor: Tensor) -> int:
+    """Count the references of C++ code; a torch that does not tell is one where dropping them needs no lock."""
+    count: Callable[[], int] | None = getattr(tensor, "_use_count", None)
+    return 0 if count is None else count()
 
 
 def _contiguous_bytes(completions: list[Completion], nbytes: int, offset: int) -> int:
@@ -196,11 +211,14 @@ def _contiguous_bytes(completions: list[Completion], nbytes: int, offset: int) -
 class _Handles:
     """Lends handles, one to a thread; makes as many as there are threads at once.
 
-    Note [The end of the interpreter]. A daemon thread that comes back from C++ code when
-    the interpreter is ending is unwound through that code, which ends the process with
-    SIGABRT. So before the end new calls are refused and those under way are waited for,
-    and from then on no handle is dropped: its destructor is such code too. A forked
-    child waits for nothing: it has none of the threads.
+    Note [The end of the interpreter]. A thread that wants the interpreter's lock when the
+    interpreter is ending is unwound on the spot, and through C++ code that ends the process
+    with SIGABRT. Two kinds of thread may want it: a worker that comes back from a call, and
+    the library's own thread, which lets go of the call's tensor a moment after the call has
+    returned. So a call is over only when that has happened too; before the end new calls
+    are refused, those under way are waited for, and the handles are destroyed, which joins
+    their threads. Nobody does so later: a worker would be inside a destructor. A forked
+    child does nothing: it has no threads.
     """
 
     def __init__(self, library: Any, block_bytes: int) -> None:
@@ -235,6 +253,7 @@ class _Handles:
             with self._changed:
                 if handle is not None:
                     self._idle.append(handle)
+                    self._destroy_refused()
                 self._num_active -= 1
                 self._changed.notify_all()
 
@@ -242,17 +261,25 @@ class _Handles:
         """Refuse new calls and drop the handles that are not in use."""
         with self._changed:
             self._is_closed = True
-            if not self._has_ended:
-                self._idle.clear()
+            self._destroy_refused()
 
     def end(self) -> None:
-        """Refuse new calls and wait for those under way; the handles end with the interpreter."""
+        """Refuse new calls, wait for those under way, and destroy the handles."""
         if os.getpid() != self._pid:
             return
         with self._changed:
             self._is_closed = self._has_ended = True
             if not self._changed.wait_for(lambda: self._num_active == 0, _END_SECONDS):
                 logger.warning("%d transfers of DeepNVMe hang at the end of the process", self._num_active)
+            self._destroy_idle()
+
+    def _destroy_refused(self) -> None:
+        if self._is_closed and not self._has_ended:
+            self._destroy_idle()
+
+    def _destroy_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
 
 class AioEngine(Engine):

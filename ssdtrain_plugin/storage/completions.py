@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import threading
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -21,6 +22,10 @@ _MAGIC = 0xA10A10A1
 _RECORD_BYTES = 32
 _NUM_ATTEMPTS = 10
 _MAPS = "/proc/self/maps"
+
+# The rings belong to the process, and so does the right to make some: of two threads that do
+# so at once, each would find the rings of the other among its own.
+_CREATION = threading.Lock()
 
 Created = TypeVar("Created")
 
@@ -86,8 +91,8 @@ class CompletionRing:
 def create_with_rings(create: Callable[[], Created], num_rings: int) -> tuple[Created, list[CompletionRing]]:
     """Create something that makes contexts of its own, and find their rings.
 
-    A context that somebody else makes at the same moment would be taken for one of them;
-    then there are too many, and all is done again.
+    Calls wait for each other. A context that somebody else makes at the same moment would be
+    taken for one of them; then there are too many, and all is done again.
 
     Args:
         create: Makes the thing; called again if need be, after the one before was dropped.
@@ -98,9 +103,10 @@ def create_with_rings(create: Callable[[], Created], num_rings: int) -> tuple[Cr
     """
     found = 0
     for _ in range(_NUM_ATTEMPTS):
-        before = _ring_mappings()
-        created = create()
-        new = _ring_mappings() - before
+        with _CREATION:
+            before = _ring_mappings()
+            created = create()
+            new = _ring_mappings() - before
         if len(new) == num_rings:
             return created, [CompletionRing(address) for address, _ in sorted(new)]
         found = len(new)

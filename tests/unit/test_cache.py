@@ -202,6 +202,23 @@ def test_one_tensor_over_the_whole_prefetch_budget_is_brought_back():
         assert settled(rig).num_loads_on_demand == 0
 
 
+def test_what_is_loaded_for_the_backward_after_it_does_not_hold_up_the_present_one():
+    with CacheRig(MemoryTier(), prefetch_bytes=64) as rig:
+        present = [rig.cache.put(torch.randn(size)) for size in (24, 8, 8)]
+        rig.cache.begin_forward()
+        later = [rig.cache.put(torch.randn(8)) for _ in range(3)]
+        rig.settle()
+        rig.cache.expect_backward(0)
+        rig.cache.announce_backward(1)
+        for handles in (present, later):
+            while handles:
+                # When the first tensor has gone out, the next one is over the budget and one of the other fits in.
+                rig.cache.get(handles.pop())
+                assert ahead_bytes(rig.cache) <= 96 + 32
+            rig.cache.expect_backward(1)
+        assert settled(rig).num_loads_on_demand == 0
+
+
 def test_the_first_unpack_announces_the_rest_of_its_micro_batch():
     with CacheRig(MemoryTier()) as rig:
         handles = [rig.cache.put(torch.randn(8)) for _ in range(6)]
