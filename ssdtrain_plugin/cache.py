@@ -185,6 +185,7 @@ class TensorCache:
         Args:
             rank: Global rank of the process.
         """
+        self._queue.give_up_overdue()
         with self._lock:
             self._drain()
             plan, is_idle = self._placer.policy.explain(), not len(self._table)
@@ -199,11 +200,12 @@ class TensorCache:
         with self._lock:
             return self._placer.policy.take_remark()
 
-    def put(self, tensor: Tensor) -> SavedTensor | KeptTensor:
+    def put(self, tensor: Tensor, *, is_offered: bool = True) -> SavedTensor | KeptTensor:
         """Take a tensor that autograd saves; autograd's pack hook.
 
         Args:
             tensor: Any. Not changed, not held: see Note [The graph owns the lifetime].
+            is_offered: Whether the policy decides; else it is kept.
 
         Returns:
             What the graph holds in its place.
@@ -221,15 +223,14 @@ class TensorCache:
             with self._lock:
                 self._ledger.counter.kept_bytes += tensor.nbytes if tensor.layout is torch.strided else 0
             return KeptTensor(tensor.detach(), version)
-        storage = tensor.untyped_storage()
-        if storage in self._resident:
+        if (storage := tensor.untyped_storage()) in self._resident:
             return KeptTensor(tensor.detach(), version)
         with self._lock:
             self._drain()
             lease = self._share(storage, tensor, version)
             is_new = lease is None
             if lease is None:
-                lease = self._admit(storage, tensor, version)
+                lease = self._admit(storage, tensor, version, is_offered)
             record = lease.record
             if record.tier is None and record.storage is None:
                 return KeptTensor(tensor.detach(), version, lease, self._microbatch)
@@ -247,12 +248,12 @@ class TensorCache:
                 self._reloader.schedule.record(self._microbatch, lease.record.serial, lease.record.span.nbytes)
         return lease
 
-    def _admit(self, storage: torch.UntypedStorage, tensor: Tensor, version: int) -> Lease:
+    def _admit(self, storage: torch.UntypedStorage, tensor: Tensor, version: int, is_offered: bool) -> Lease:
         """Make a record for bytes not seen before, and ask the policy where they go."""
         lease = self._table.add(storage, tensor, version)
         record, storage_bytes = lease.record, storage.nbytes()
         span = record.span
-        is_movable = self._placer.is_movable(storage, span.nbytes)
+        is_movable = is_offered and self._placer.is_movable(storage, span.nbytes)
         self._observer.profiler.saved(record.serial, span.nbytes, is_movable=is_movable)
         record.tier = self._placer.choose(
             span.nbytes, self._ledger.step, is_movable=is_movable, inflight_bytes=self._queue.inflight_bytes
@@ -276,15 +277,13 @@ class TensorCache:
     def _submit_store(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Send a new record's bytes to its tier; on failure they stay."""
         nbytes = record.span.nbytes
-        place = self._reserve(record, nbytes)
-        if place is None:
+        if (place := self._reserve(record, nbytes)) is None:
             return
         tier, extent = place
         record.data_pointer = storage.data_ptr()
         work = partial(record.write, tier, extent, storage, self._streams.record())
-        transfer = Transfer(
-            Direction.STORE, nbytes, work, partial(self._on_stored, record, tier), lane_of(tier, extent)
-        )
+        finish, lane = partial(self._on_stored, record, tier), lane_of(tier, extent)
+        transfer = Transfer(Direction.STORE, nbytes, work, finish, lane, tier.path_of(extent))
         with self._lock:
             try:
                 self._queue.submit(transfer)  # its end waits for the lock
@@ -328,9 +327,11 @@ class TensorCache:
             for survived in tier.take_survived():
                 self._placer.failures.survived(tier.name, survived, self._ledger.counter.failures)
             if transfer.error is None and record.storage is not None and record.has_moved(record.storage):
-                # Somebody freed the storage under the store (`resize_(0)`, to recompute
-                # it later): what was written is not what was saved.
+                # Freed under the store (`resize_(0)`, to recompute it): what was written is not what was saved.
                 transfer.error = freed_meanwhile()
+            if transfer.is_given_up:
+                record.leave_to(transfer)
+                self._placer.hangs(tier, record.extent, transfer)
             if transfer.error is not None:
                 self._store_failed(record, tier, transfer.error)
             else:
@@ -371,8 +372,7 @@ class TensorCache:
         with self._lock:
             self._ledger.note_unpack()
             if saved.microbatch not in (self._backward_microbatch, -1):
-                # The first unpack of a backward that no schedule announced: what it
-                # asks for is loaded on demand, the rest ahead.
+                # No schedule has announced this backward: what it asks for first is loaded on demand.
                 self._begin_backward(saved.microbatch)
                 is_late = saved.lease is not None and saved.lease.record.state is State.LOADING
                 self._ledger.counter.num_loads_on_demand += is_late
@@ -440,7 +440,7 @@ class TensorCache:
         heir = self._table.find_heir(record) if state is State.RESIDENT and not record.is_copy else None
         if heir is not None:
             heir.held_bytes += record.held_bytes
-        elif state is State.STORING and record.original is not None:
+        elif (state is State.STORING or record.hanging) and record.original is not None:
             account.release(record.original, record.held_bytes)
         else:
             account.drop(record.held_bytes)

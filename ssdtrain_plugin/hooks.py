@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,8 @@ from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.stats import StepStats
 
 __all__ = ["ModuleHooks", "SavedTensorHooks", "active_hooks", "checkpoint"]
+
+_MEGATRON_RANDOM = "megatron.core.tensor_parallel.random"  # imported by whoever calls in Megatron's form
 
 _active: ContextVar[SavedTensorHooks | None] = ContextVar("ssdtrain_active_hooks", default=None)
 
@@ -50,11 +54,15 @@ class SavedTensorHooks:
         self.end_step: weakref.WeakMethod[Callable[[], StepStats]] | None = None
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[int | None]:
+    def forward(self, *, offers_all: bool = True) -> Iterator[int | None]:
         """Offload what is saved inside; yields the number of the micro-batch.
 
         Without grad mode, inside a backward, or inside another such context
         nothing is hooked, and None is yielded.
+
+        Args:
+            offers_all: The policy decides about all that is saved; else only about what
+                a :meth:`region` saves, and the rest is kept.
         """
         if not torch.is_grad_enabled() or _is_in_backward() or _active.get() is not None:
             yield None
@@ -65,12 +73,19 @@ class SavedTensorHooks:
         started = time.perf_counter()
         is_whole = False
         try:
-            with saved_tensors_hooks(self.cache.put, self.cache.get):
+            put = self.cache.put if offers_all else partial(self.cache.put, is_offered=False)
+            with saved_tensors_hooks(put, self.cache.get):
                 yield microbatch
             is_whole = True
         finally:
             _active.set(None)
             self.cache.end_forward(time.perf_counter() - started, is_whole=is_whole)
+
+    @contextlib.contextmanager
+    def region(self) -> Iterator[None]:
+        """Have the policy decide about what is saved inside, in a forward that does not offer all."""
+        with saved_tensors_hooks(self.cache.put, self.cache.get):
+            yield
 
     def _end_step_if_idle(self) -> None:
         end_step = None if self.end_step is None else self.end_step()
@@ -210,6 +225,9 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
     recomputed. With ``recompute``, and outside of an attached model, it is
     checkpointed; its inputs are then what is offloaded.
 
+    Megatron's form, ``checkpoint(function, distribute_saved_activations, *args)``, is
+    taken as well: a bool that ``function`` has no place for is not an input of it.
+
     Args:
         function: The region; called as ``function(*args, **kwargs)``.
         *args: Its inputs.
@@ -219,11 +237,27 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
     Returns:
         What ``function`` returns.
     """
-    hooks = _active.get()
+    hooks, is_megatron = _active.get(), _has_megatron_form(function, args, kwargs)
     if hooks is not None and hooks.checkpointing == "offload":
         options = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-        return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
+        inputs = args[1:] if is_megatron else args
+        return function(*inputs, **{name: value for name, value in kwargs.items() if name not in options})
+    if is_megatron:
+        # Megatron's own restores the random states of its tensor-parallel regions too.
+        return sys.modules[_MEGATRON_RANDOM].checkpoint(function, *args)
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
+
+
+def _has_megatron_form(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether the first input is Megatron's ``distribute_saved_activations``."""
+    if not args or not isinstance(args[0], bool) or kwargs or _MEGATRON_RANDOM not in sys.modules:
+        return False
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return True
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
 
 
 def active_hooks() -> SavedTensorHooks | None:

@@ -13,7 +13,12 @@ from ssdtrain_plugin.storage.memory_limit import available_host_bytes
 from ssdtrain_plugin.storage.probe import directory_problem
 from ssdtrain_plugin.units import format_bytes
 
-__all__ = ["check", "prepare"]
+__all__ = ["check", "find_local_rank", "prepare"]
+
+
+def find_local_rank() -> int:
+    """Get the rank of this process on its node, as the launcher says it; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
 
 
 def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> OffloadConfig:

@@ -1,15 +1,21 @@
-"""Run an unchanged DeepSpeed script with the plugin: ``python -m ssdtrain_plugin.run script.py ...``.
+"""Run an unchanged training script with the plugin: ``python -m ssdtrain_plugin.run script.py ...``.
 
-Under the launcher: ``deepspeed --module ssdtrain_plugin.run script.py ...``. The
-script's own ``deepspeed.initialize`` then reads the ``"ssdtrain"`` block.
+Under a launcher: ``deepspeed --module ssdtrain_plugin.run script.py ...`` or ``torchrun -m
+ssdtrain_plugin.run script.py ...``. A DeepSpeed script's own ``deepspeed.initialize`` then
+reads the ``"ssdtrain"`` block; a Megatron script's own parser knows the ``--ssdtrain`` flags.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 from ssdtrain_plugin.errors import ConfigError
 
@@ -36,8 +42,48 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
+class _AfterImport(MetaPathFinder):
+    """Changes a module right after its import, whoever imports it; one that nobody imports stays unloaded.
+
+    Args:
+        actions: By name of the module; each is run once, with the module.
+    """
+
+    def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._actions = actions
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the module as if this finder were not there, and have its loader run the action too."""
+        action = self._actions.pop(fullname, None)
+        spec = importlib.util.find_spec(fullname) if action is not None else None
+        if action is None or spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            action(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _prepare_deepspeed(deepspeed: ModuleType) -> None:
+    from ssdtrain_plugin.integrations.deepspeed import initialize
+
+    deepspeed.initialize = initialize  # type: ignore[attr-defined]
+
+
+def _prepare_megatron(arguments: ModuleType) -> None:
+    from ssdtrain_plugin.integrations.megatron import prepare_script
+
+    prepare_script(arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Put our ``initialize`` into ``deepspeed`` and run the script as ``__main__``.
+    """Prepare the hosts for when the script imports them, and run it as ``__main__``.
 
     Args:
         arguments: Script and its arguments; by default those of the process.
@@ -50,12 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Page-aligned CPU tensors go to the drive and come back without a copy. torch
     # reads this at its first large allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-    import deepspeed
-
-    from ssdtrain_plugin.integrations.deepspeed import initialize
-
-    deepspeed.initialize = initialize
+    hosts = {"deepspeed": _prepare_deepspeed, "megatron.training.arguments": _prepare_megatron}
+    sys.meta_path.insert(0, _AfterImport(hosts))
     sys.argv = [script, *rest]
     if not getattr(sys.flags, "safe_path", False):  # since Python 3.11; then there is no such entry
         sys.path[0] = str(Path(script).resolve().parent)

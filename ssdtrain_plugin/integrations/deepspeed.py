@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import difflib
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -31,12 +32,14 @@ import torch
 from deepspeed.runtime.pipe import schedule as ds_schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger as ds_logger
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import ConfigError
-from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
+from ssdtrain_plugin.hooks import ModuleHooks
 from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_checkpointing
-from ssdtrain_plugin.preflight import check
+from ssdtrain_plugin.integrations.lookahead import Pass, ScheduledPasses
+from ssdtrain_plugin.preflight import check, find_local_rank
 from ssdtrain_plugin.runtime import Offloader, build, make_audible
 
 __all__ = ["initialize", "offloader_of", "read_block"]
@@ -134,7 +137,7 @@ def read_block(config: object) -> OffloadConfig | None:
     defaults = _defaults(parsed)
     if "host_bytes" in block:
         defaults.pop("paths", None)  # host memory alone was asked for
-    return check({**defaults, **block}, source=source, local_rank=_local_rank())
+    return check({**defaults, **block}, source=source, local_rank=find_local_rank())
 
 
 def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,17 +156,15 @@ def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 # ---------------------------------------------------------------------- the engine
 
 
 def _attach(engine: Any, config: OffloadConfig) -> None:
     make_audible(ds_logger.handlers[0].formatter if ds_logger.handlers else None)
-    # One voice per stage: the other data-parallel ranks have the same to say.
-    is_speaker = engine.mpu.get_data_parallel_rank() == 0 if engine.mpu else engine.global_rank == 0
+    # One voice per stage: the other data- and tensor-parallel ranks have the same to say.
+    is_speaker = engine.global_rank == 0
+    if engine.mpu:
+        is_speaker = engine.mpu.get_data_parallel_rank() == 0 and bwc_tensor_model_parallel_rank(engine.mpu) == 0
     offloader = build(
         config,
         device=torch.device(engine.device),
@@ -213,45 +214,8 @@ def _detach_with(engine: Any, offloader: Offloader) -> None:
 # ---------------------------------------------------------------------- the pipeline
 
 
-class _Lookahead:
-    """Which compute instruction comes next in the schedule that is running.
-
-    DeepSpeed knows the whole instruction list of a step ahead. ``buffer_id`` is a
-    ring index and not a micro-batch, and DualPipeV adds a ``phase``, so a
-    micro-batch in flight is known by both.
-    """
-
-    def __init__(self) -> None:
-        self._instructions: list[Any] = []
-        self._position = 0
-        self.microbatches: dict[tuple[Any, ...], int | None] = {}
-
-    def start(self, instructions: list[Any]) -> None:
-        """Begin a step.
-
-        Args:
-            instructions: Forward and backward passes in order.
-        """
-        self._instructions = instructions
-        self._position = 0
-        self.microbatches.clear()
-
-    def following(self) -> int | None:
-        """Get the micro-batch if the pass after the present one is its backward, and its forward has run."""
-        if self._position + 1 < len(self._instructions):
-            instruction = self._instructions[self._position + 1]
-            if isinstance(instruction, ds_schedule.BackwardPass):
-                return self.microbatches.get(_slot(instruction.kwargs))
-        return None
-
-    def after(self) -> int | None:
-        """Move on by one instruction; return the micro-batch if the next is its backward."""
-        following = self.following()
-        self._position += 1
-        return following
-
-
 def _slot(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Name a micro-batch in flight: ``buffer_id`` is a ring index, and DualPipeV adds a ``phase``."""
     return kwargs.get("phase"), kwargs.get("buffer_id")
 
 
@@ -270,58 +234,44 @@ class _KnownSchedule:
 
 
 def _wrap_pipeline(engine: Any, offloader: Offloader) -> None:
-    ahead = _Lookahead()
+    passes = ScheduledPasses(offloader.hooks)
     make_schedule = engine._train_schedule
 
     def train_schedule() -> _KnownSchedule:
         known = _KnownSchedule(make_schedule())
-        passes = (ds_schedule.ForwardPass, ds_schedule.BackwardPass)
-        ahead.start([command for step in known.steps for command in step if isinstance(command, passes)])
+        passes.start(map(_pass_of, filter(_is_pass, itertools.chain.from_iterable(known.steps))))
         return known
 
     instructions = dict(engine._INSTRUCTION_MAP)
     for kind in list(instructions):
         if issubclass(kind, ds_schedule.ForwardPass):
-            instructions[kind] = _forward_instruction(instructions[kind], offloader.hooks, ahead)
+            instructions[kind] = _forward_instruction(instructions[kind], passes)
         elif issubclass(kind, ds_schedule.BackwardPass):
-            instructions[kind] = _backward_instruction(instructions[kind], offloader.hooks, ahead)
+            instructions[kind] = _backward_instruction(instructions[kind], passes)
     shadow(engine, "_train_schedule", train_schedule, offloader)
     shadow(engine, "_INSTRUCTION_MAP", instructions, offloader)
     _end_steps_with(engine, "train_batch", offloader)
 
 
-def _forward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
+def _is_pass(instruction: Any) -> bool:
+    return isinstance(instruction, ds_schedule.ForwardPass | ds_schedule.BackwardPass)
+
+
+def _pass_of(instruction: Any) -> Pass:
+    return Pass(_slot(instruction.kwargs), isinstance(instruction, ds_schedule.BackwardPass))
+
+
+def _forward_instruction(inner: Instruction, passes: ScheduledPasses) -> Instruction:
     def forward_pass(engine: Any, **kwargs: Any) -> None:
-        ahead.microbatches.pop(_slot(kwargs), None)  # the buffer had another micro-batch before
-        _announce(hooks, ahead)
-        with hooks.forward() as microbatch:
+        with passes.forward(_slot(kwargs)):
             inner(engine, **kwargs)
-        if microbatch is not None:
-            ahead.microbatches[_slot(kwargs)] = microbatch
-            _expect(hooks, ahead)
 
     return forward_pass
 
 
-def _backward_instruction(inner: Instruction, hooks: SavedTensorHooks, ahead: _Lookahead) -> Instruction:
+def _backward_instruction(inner: Instruction, passes: ScheduledPasses) -> Instruction:
     def backward_pass(engine: Any, **kwargs: Any) -> None:
-        with hooks.backward(ahead.microbatches.get(_slot(kwargs))):
-            _announce(hooks, ahead)
+        with passes.backward(_slot(kwargs)):
             inner(engine, **kwargs)
-        _expect(hooks, ahead)
 
     return backward_pass
-
-
-def _announce(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:
-    """Prefetch during this pass, as far as it leaves room, for the backward after it."""
-    microbatch = ahead.following()
-    if microbatch is not None:
-        hooks.cache.announce_backward(microbatch)
-
-
-def _expect(hooks: SavedTensorHooks, ahead: _Lookahead) -> None:
-    """Prefetch while the pipeline waits for its neighbours, if a backward is next."""
-    microbatch = ahead.after()
-    if microbatch is not None:
-        hooks.cache.expect_backward(microbatch)

@@ -1,14 +1,16 @@
-"""Start the processes of a DeepSpeed job, and end all of them whatever happens."""
+"""Start the processes of a training job, and end all of them whatever happens."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ADDRESS_SPACE_KIB = 12 * 1024 * 1024
+_GRACE_SECONDS = 5  # for the others when one rank has failed
 
 
 def environment(**more):
@@ -80,11 +82,12 @@ def run_ranks(command, directory, *, num_ranks=2, timeout_seconds=240):
             with log.open("wb") as output:
                 processes.append(_start(command, output, RANK=str(rank), LOCAL_RANK=str(rank), **common))
         # A rank that dies leaves its peer waiting in gloo, which has a time limit of its own (30 minutes).
-        for rank, process in enumerate(processes):
-            try:
-                codes[rank] = process.wait(timeout_seconds)
-            except subprocess.TimeoutExpired:
-                break
+        deadline = time.monotonic() + timeout_seconds
+        while None in codes and time.monotonic() < deadline:
+            time.sleep(0.1)
+            had_failed, codes = any(codes), [process.poll() for process in processes]
+            if any(codes) and not had_failed:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     finally:
         for process in processes:
             _end(process)

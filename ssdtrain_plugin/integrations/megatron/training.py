@@ -1,0 +1,102 @@
+"""The doors: a parser that gets the flags, a loop of one's own, and Megatron's own training loop."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.integrations.megatron.arguments import SOURCE, add_flags, options_of
+from ssdtrain_plugin.integrations.megatron.refusals import refuse
+from ssdtrain_plugin.integrations.megatron.takeover import MegatronOffload, enabled
+from ssdtrain_plugin.preflight import check, find_local_rank, prepare
+
+__all__ = ["add_args", "enable", "prepare_script"]
+
+_TRAINING = "megatron.training.training"
+_ARGUMENTS = "megatron.training.arguments"
+_IS_ARMED = "_ssdtrain_is_armed"
+
+
+def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--ssdtrain`` flags; with Megatron's training loop they are then obeyed.
+
+    Give it to Megatron as ``extra_args_provider``: of ``pretrain`` up to 0.17, of
+    ``parse_and_validate_args`` from 0.18 on. A loop of one's own on megatron-core calls
+    :func:`enable` with the parsed flags.
+
+    Args:
+        parser: Of Megatron or of a script.
+
+    Returns:
+        The parser.
+    """
+    if _TRAINING in sys.modules:
+        _arm(sys.modules[_TRAINING])
+    return add_flags(parser)
+
+
+def enable(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> MegatronOffload | None:
+    """Offload what Megatron's schedules save from now on; the models are met when they train.
+
+    Args:
+        settings: Parsed flags of :func:`add_args`, or the options themselves.
+
+    Returns:
+        What undoes it, or None if nothing was switched on. A second call returns the first's.
+
+    Raises:
+        ConfigError: An option is wrong, a path cannot be used, or something of Megatron's
+            settings cannot be combined with offloading; all are listed.
+    """
+    config = _read(settings)
+    if config is None or not config.enabled:
+        return None
+    return enabled() or MegatronOffload(config)
+
+
+def _read(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> OffloadConfig | None:
+    if isinstance(settings, OffloadConfig):
+        return prepare(settings, local_rank=find_local_rank())
+    if isinstance(settings, Mapping):
+        return check(settings, source=OffloadConfig.SOURCE, local_rank=find_local_rank())
+    options = options_of(settings)
+    if options is None:
+        return None
+    refuse(settings)
+    return check(options, source=SOURCE, local_rank=find_local_rank())
+
+
+def prepare_script(arguments: Any) -> None:
+    """Have Megatron's parser know the flags, for a script that is not changed.
+
+    Args:
+        arguments: The module ``megatron.training.arguments``.
+    """
+    add_own = arguments.add_megatron_arguments
+
+    @functools.wraps(add_own)
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        importlib.import_module(_TRAINING)
+        return add_args(add_own(parser))
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+
+
+def _arm(training: Any) -> None:
+    """Have Megatron's training loop call :func:`enable` before it builds a model."""
+    inner = training.setup_model_and_optimizer
+    if getattr(inner, _IS_ARMED, False):
+        return
+
+    @functools.wraps(inner)
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        enable(training.get_args())
+        return inner(*args, **kwargs)
+
+    setattr(setup_model_and_optimizer, _IS_ARMED, True)
+    training.setup_model_and_optimizer = setup_model_and_optimizer
