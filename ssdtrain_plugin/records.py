@@ -12,6 +12,8 @@ from __future__ import annotations
 import enum
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,8 +104,9 @@ class Record:
         is_copy: ``storage`` is a copy of a small span of a large storage.
         is_forwarded: Handed back from memory although it was offloaded.
         is_ahead: Loaded or held for a backward that has not asked yet.
-        ahead_of: The micro-batch of that backward, if a tier has the bytes.
+        ahead_of: The micro-batch of that backward.
         is_moving: A transfer copies its bytes from its tier to another.
+        hanging: Transfers that were given up, and may still use its bytes and its extent.
         num_transfers: Once freed: how many transfers must end before its extent may be.
         num_handles: How many are alive, as far as :meth:`all_unpacked` has counted.
         num_unpacked: How many of them were unpacked in this pass over the graph.
@@ -133,6 +136,7 @@ class Record:
     is_ahead = False
     ahead_of = -1
     is_moving = False
+    hanging: tuple[Transfer, ...] = ()
     num_transfers = 0
     num_handles = 0
     num_unpacked = 0
@@ -219,10 +223,18 @@ class Record:
         return self.tier, self.extent
 
     def free_extent(self) -> None:
-        """Give the place on the tier back, if there is one."""
+        """Give the place on the tier back, if there is one; when all that hang on it have returned."""
         if self.tier is not None and self.extent is not None:
-            self.tier.free(self.extent)
+            _call_after(self.hanging, partial(self.tier.free, self.extent))
         self.extent = None
+
+    def leave_to(self, transfer: Transfer) -> None:
+        """Leave the place on the tier to a transfer that was given up, until it returns.
+
+        Args:
+            transfer: Holds what else it uses.
+        """
+        self.hanging = (*(other for other in self.hanging if not other.has_returned), transfer)
 
     def end_transfer(self) -> None:
         """Note that a transfer of a freed record has ended; the last one gives the place on the tier back."""
@@ -267,6 +279,14 @@ class Record:
     def lives(self) -> Lease | None:
         """Get the lease while a handle is alive."""
         return None if self.lease is None else self.lease()
+
+
+def _call_after(hanging: tuple[Transfer, ...], callback: Callable[[], None]) -> None:
+    """Call ``callback`` when every transfer has returned, in the worker of the last one, or now."""
+    if hanging:
+        hanging[-1].when_returned(partial(_call_after, hanging[:-1], callback))
+    else:
+        callback()
 
 
 def freed_meanwhile() -> StoreError:

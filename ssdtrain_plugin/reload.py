@@ -40,6 +40,13 @@ def lane_of(tier: Tier, extent: Extent) -> tuple[str, int]:
     return tier.name, extent.drive
 
 
+def _subtract(counter: Counter[int], microbatch: int, amount: int) -> None:
+    """Take off what one micro-batch has, and forget micro-batches that have nothing."""
+    counter[microbatch] -= amount
+    if not counter[microbatch]:
+        del counter[microbatch]
+
+
 class LoadObserver(Protocol):
     """Is told of the loads under way; called under the lock of the cache, also in workers."""
 
@@ -99,8 +106,9 @@ class Reloader:
         self._bounds = LoadBounds(prefetch_bytes, prefetch_bytes + _UNBOUNDED)
         self._ahead_bytes = 0
         self._num_ahead: Counter[int] = Counter()
-        self._kept_bytes = 0
+        self._kept_bytes: Counter[int] = Counter()
         self._kept: dict[int, list[Record]] = {}
+        self._present: int | None = None
         self._announced: int | None = None
 
     def find(self, record: Record) -> torch.UntypedStorage | None:
@@ -169,20 +177,19 @@ class Reloader:
         Args:
             microbatch: Whose backward is next or running.
         """
-        self._prefetch(microbatch)
-        if self._announced is not None and self._announced != microbatch:
-            self._prefetch(self._announced)
+        self._prefetch(microbatch, self._kept_bytes[microbatch], self._num_ahead[microbatch])
+        # What is asked for first is loaded first: the one after it gets what this one leaves.
+        if self._announced not in (None, microbatch) and self.schedule.is_read(microbatch):
+            self._prefetch(self._announced, self._kept_bytes.total(), self._ahead_bytes)
 
-    def _prefetch(self, microbatch: int) -> None:
+    def _prefetch(self, microbatch: int, kept_bytes: int, is_ahead: int) -> None:
         if self._queue.is_closed():
             return
         room_bytes = min(
             self._bounds.prefetch_bytes - self._ahead_bytes,
-            self._bounds.window_bytes - self._ahead_bytes - self._kept_bytes,
+            self._bounds.window_bytes - self._ahead_bytes - kept_bytes,
         )
-        # What was loaded for the backward after it is no reason to let this one wait.
-        num_ahead = self._ahead_bytes if microbatch == self._announced else self._num_ahead[microbatch]
-        for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=not num_ahead):
+        for serial in self.schedule.upcoming(microbatch, room_bytes, at_least_one=not is_ahead):
             record = self._table[serial]
             if record.lives() is None:
                 continue
@@ -231,6 +238,7 @@ class Reloader:
             microbatch: Whose backward is next.
             bounds: Of the policy, or None for the option.
         """
+        self._present = microbatch
         if microbatch == self._announced:
             self._announced = None
         self._count_kept(microbatch, bounds)
@@ -245,19 +253,19 @@ class Reloader:
         """
         self._announced = microbatch
         self._count_kept(microbatch, bounds)
-        self._prefetch(microbatch)
+        self.prefetch(microbatch if self._present is None else self._present)
 
     def _count_kept(self, microbatch: int, bounds: LoadBounds | None) -> None:
         self._bounds = bounds or LoadBounds(self._prefetch_bytes, self._prefetch_bytes + _UNBOUNDED)
         for record in self._kept.pop(microbatch, ()):
             if record.state is State.RESIDENT and record.lives() is not None:
-                record.is_ahead = True
-                self._kept_bytes += record.span.nbytes
+                record.is_ahead, record.ahead_of = True, microbatch
+                self._kept_bytes[microbatch] += record.span.nbytes
 
     def forget_kept(self) -> None:
         """Forget what was kept for backwards that never came."""
         self._kept.clear()
-        self._announced = None
+        self._present = self._announced = None
 
     def arrive(self, record: Record) -> None:
         """Stop counting a record as ahead of backward.
@@ -269,12 +277,10 @@ class Reloader:
             return
         record.is_ahead = False
         if record.tier is None:
-            self._kept_bytes -= record.span.nbytes
+            _subtract(self._kept_bytes, record.ahead_of, record.span.nbytes)
         else:
             self._ahead_bytes -= record.span.nbytes
-            self._num_ahead[record.ahead_of] -= 1
-            if not self._num_ahead[record.ahead_of]:
-                del self._num_ahead[record.ahead_of]
+            _subtract(self._num_ahead, record.ahead_of, 1)
 
     def stay_resident(self, record: Record) -> None:
         """Give up the place on the tier: the bytes are in memory and stay there.
@@ -318,9 +324,8 @@ class Reloader:
         record.hold(target.untyped_storage(), record.span.first_byte, extent.nbytes)
         self._ledger.account.hold(extent.nbytes)
         work = partial(tier.read, extent, target, self._streams.record())
-        transfer = Transfer(
-            Direction.LOAD, extent.nbytes, work, partial(self._on_loaded, record), lane_of(tier, extent)
-        )
+        finish = partial(self._on_loaded, record)
+        transfer = Transfer(Direction.LOAD, extent.nbytes, work, finish, lane_of(tier, extent), tier.path_of(extent))
         record.load = transfer
         try:
             self._queue.submit(transfer, is_urgent=is_urgent)
@@ -336,6 +341,9 @@ class Reloader:
         with self._lock:
             self._ledger.count_load(transfer)
             tier = record.tier  # the same as at its beginning: only what is STORED moves
+            if transfer.is_given_up and tier is not None and record.extent is not None:
+                record.leave_to(transfer)
+                tier.hangs(record.extent)
             if record.state is State.FREED:
                 record.end_transfer()
             elif transfer.error is None:

@@ -84,6 +84,10 @@ class MicrobatchLog:
         self._cursor = cursor
         return taken
 
+    def is_read(self) -> bool:
+        """Tell whether :meth:`upcoming` has come to the beginning of the log."""
+        return self._cursor is not None and self._cursor < 0
+
     def demand(self, serial: int) -> None:
         """Note that backward asked for a record that is not in memory.
 
@@ -192,6 +196,15 @@ class ReloadSchedule:
         """
         log = self._logs.get(microbatch)
         return [] if log is None else log.upcoming(budget_bytes, at_least_one=at_least_one)
+
+    def is_read(self, microbatch: int) -> bool:
+        """Tell whether everything that a micro-batch wants was given; see :meth:`MicrobatchLog.is_read`.
+
+        Args:
+            microbatch: Whose backward is next or running.
+        """
+        log = self._logs.get(microbatch)
+        return log is None or log.is_read()
 
     def demand(self, microbatch: int, serial: int) -> None:
         """Note an ask for a record that is not in memory; see :meth:`MicrobatchLog.demand`.
