@@ -5,10 +5,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# From 0.17 on megatron-core wants Python 3.12; its tests run there too if this machine has one.
+MEGATRON_PYTHON ?= $(shell for p in python3.12 python3.13 $$(ls -d "$$(dirname "$$(dirname "$$(command -v pyenv || echo /-/-/-)")")"/versions/3.12*/bin/python3.12 2>/dev/null); do "$$p" -c 'import ensurepip, venv' 2>/dev/null && echo "$$p" && break; done)
 BENCH_PATH ?= .cache/bench
 
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
+MEGATRON_STAMP := .venv-megatron/.installed
+MEGATRON_017 := .cache/megatron-0.17
 
 export PATH := $(BIN):$(PATH)
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -28,13 +32,13 @@ export HOME := $(CURDIR)/.cache/home
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type format docs bench clean compiler
+.PHONY: help install demo test megatron lint type format docs bench clean compiler
 
 help: ## Print this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)"
 
-install: $(STAMP) ## Create .venv with torch, DeepSpeed, the plugin and the developer's tools.
+install: $(STAMP) ## Create .venv with torch, DeepSpeed, megatron-core, the plugin and the developer's tools.
 
 # torch goes first and alone: DeepSpeed's build looks at the torch that is there.
 $(STAMP): setup.py
@@ -44,8 +48,8 @@ $(STAMP): setup.py
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo 'installing $(TORCH) (once; minutes, mostly the download) ...'
 	@$(BIN)/python -m pip install --quiet '$(TORCH)'
-	@echo 'installing the plugin, DeepSpeed and the tools ...'
-	@$(BIN)/python -m pip install --quiet --editable '.[deepspeed,dev]'
+	@echo 'installing the plugin, DeepSpeed, megatron-core and the tools ...'
+	@$(BIN)/python -m pip install --quiet --editable '.[deepspeed,megatron,dev]'
 	@touch $@
 
 # On CPU DeepSpeed compiles one operator at its first start (about 40 s, cached afterwards).
@@ -56,7 +60,22 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: compiler $(STAMP) ## Train a small GPT twice, with and without the plugin, and compare (the main job).
 	@$(BIN)/python launch/demo.py
 
-test: compiler lint type ## Lint, types and all tests in random order.
+# Newer releases of megatron-core than this Python can have: the newest, and one whose scripts are written the old way.
+$(MEGATRON_STAMP): setup.py
+	@mkdir -p .cache
+	@test -x .venv-megatron/bin/python || $(MEGATRON_PYTHON) -m venv .venv-megatron
+	@echo 'installing the newest megatron-core for Python 3.12 (once; its torch may bring CUDA, some gigabytes) ...'
+	@.venv-megatron/bin/python -m pip install --quiet '$(TORCH)'
+	@.venv-megatron/bin/python -m pip install --quiet --editable '.[megatron]'
+	@.venv-megatron/bin/python -m pip install --quiet --no-deps --target $(MEGATRON_017) --upgrade 'megatron-core==0.17.1'
+	@touch $@
+
+megatron: $(if $(MEGATRON_PYTHON),$(MEGATRON_STAMP)) ## Create .venv-megatron with the newest megatron-core, if there is a Python 3.12.
+	@$(if $(MEGATRON_PYTHON),,echo 'no Python 3.12 here: the tests of the newest megatron-core will be skipped')
+
+test: export SSDTRAIN_MEGATRON_PYTHON ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/.venv-megatron/bin/python)
+test: export SSDTRAIN_MEGATRON_017 ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/$(MEGATRON_017))
+test: compiler lint type megatron ## Lint, types and all tests in random order.
 	@$(BIN)/python tools/build_aio.py
 	@$(BIN)/python -m pytest -p randomly $(PYTEST_ARGS)
 
@@ -82,5 +101,5 @@ bench: $(STAMP) ## Measure hooks, engines, a training step and the policies, on 
 	@$(BIN)/ssdtrain bench adapt $(BENCH_PATH) --output $(BENCH_PATH)
 
 clean: ## Remove the environment, the caches and built files.
-	@rm -rf .venv .cache .hypothesis build dist *.egg-info
+	@rm -rf .venv .venv-megatron .cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from ssdtrain_plugin.cli_bench import bench, size_in_bytes
+from ssdtrain_plugin.cli_plan import plan
 from ssdtrain_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command("plan")(plan)
 
 
 @app.callback()

@@ -1,17 +1,7 @@
 """What offloading everything would cost a given model on a measured drive. Arithmetic only, no measurement.
 
-Note [Saved bytes of a layer]. Korthikanti et al., "Reducing Activation Recomputation in
-Large Transformer Models" (arXiv 2205.05198), section 4: with 2-byte elements a GPT layer
-saves ``s b h (34 + 5 a s / h)`` bytes, of which ``s b h (10 + (24 + 5 a s / h) / t)``
-remain with tensor parallelism of t ranks, and a t-th of all of it with sequence
-parallelism as well. In units of ``s b h`` elements these are: the inputs of the two
-norms, of the first linear layer of attention and of that of the feed-forward part (4,
-replicated); q, k and v, the input of the last linear layer of attention, and what the
-activation function and the last linear layer read (4 + 2 m for a hidden size of m h);
-and one byte each for two dropout masks (replicated). Scores take ``a s s b`` elements
-for the softmax, as many for its dropout, and one byte each for that mask; flash
-attention keeps none of them. The count leaves out what has one number a row (statistics
-of norms, log-sum-exp of attention), embeddings, and the loss.
+Saved bytes and operations are those of :mod:`ssdtrain_plugin.projection`, which cites where they come from. What has
+a few numbers a row (statistics of norms, log-sum-exp of attention), embeddings, and the loss are left out.
 """
 
 from __future__ import annotations
@@ -28,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.doctor.measurement import Bandwidth
 from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.projection.arithmetic import layer_flops
+from ssdtrain_plugin.projection.model import DROPOUT_PLACES, Block, ModelSpec, Precision
+from ssdtrain_plugin.projection.tensors import layer_tensors, split_of
 
 __all__ = ["ModelShape", "Prediction", "predict"]
 
@@ -78,27 +71,39 @@ class ModelShape(BaseModel):
             raise ConfigError(f"`{path}`", problems, hint=f"the fields are {', '.join(cls.model_fields)}") from None
 
     @property
+    def _block(self) -> Block:
+        return Block(name="layer", sequence=self.sequence)
+
+    @property
+    def _model(self) -> ModelSpec:
+        precisions: dict[int, Precision] = {1: "fp8", 2: "bf16", 4: "fp32"}
+        precision = precisions[self.bytes_per_element]
+        return ModelSpec(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            ffn=max(1, round(self.feedforward_multiplier * self.hidden)),
+            vocab=1,  # the head is left out
+            sequence=self.sequence,
+            activation="swiglu" if self.gated_feedforward else "gelu",
+            attention="flash" if self.flash_attention else "naive",
+            dropout=DROPOUT_PLACES if self.dropout else (),
+            precision=precision,
+            norm_precision=precision,
+        )
+
+    @property
     def saved_bytes(self) -> int:
-        """What autograd saves in one forward, see Note [Saved bytes of a layer]."""
-        element, mask = self.bytes_per_element, 1 if self.dropout else 0
-        replicated = float(4 * element + 2 * mask)
-        if self.sequence_parallel:
-            replicated /= self.tensor_parallel
-        in_feedforward = (4 if self.gated_feedforward else 2) * self.feedforward_multiplier
-        split = element * (4 + in_feedforward) / self.tensor_parallel
-        of_layer = self.sequence * self.micro_batch * self.hidden * (replicated + split)
-        if not self.flash_attention:
-            scores = self.heads * self.sequence**2 * self.micro_batch / self.tensor_parallel
-            of_layer += scores * (2 * element + mask if self.dropout else element)
-        return round(self.layers * of_layer)
+        """What autograd saves in one forward, see Note [Where the list comes from] of ``projection/tensors.py``."""
+        split = split_of(self.micro_batch, self.tensor_parallel, sp=self.sequence_parallel)
+        tensors = layer_tensors(self._model, self._block, split)
+        return self.layers * sum(tensor.nbytes for tensor in tensors if not tensor.is_row_statistic)
 
     @property
     def forward_seconds(self) -> float:
-        """Time of one forward: 2 operations per parameter and token, and two products of attention."""
-        matrices = 4 + (3 if self.gated_feedforward else 2) * self.feedforward_multiplier
-        tokens = self.sequence * self.micro_batch
-        operations = 2 * matrices * self.hidden**2 * tokens + 4 * self.sequence * tokens * self.hidden
-        return self.layers * operations / self.tensor_parallel / (self.tflops * 1e12)
+        """Time of one forward: the operations of all matrix products at the given rate."""
+        operations = self.layers * self.micro_batch * layer_flops(self._model, self._block)
+        return operations / self.tensor_parallel / (self.tflops * 1e12)
 
     @property
     def backward_seconds(self) -> float:

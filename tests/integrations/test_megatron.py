@@ -35,13 +35,14 @@ def suites(request, tmp_path_factory):
 
     def get(name):
         if name not in found:
+            found[name] = None  # a suite that fails is not launched again by every test of it
             num_ranks, cases = SUITES[name]
             directory = tmp_path_factory.mktemp(name)
             run_ranks([request.param, WORKER, name, directory], directory, num_ranks=num_ranks, timeout_seconds=400)
             ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
-            found[name] = {
-                case: [rank[case] for rank in ranks] for case in (*(c.name for c in cases), "places_are_given_back")
-            }
+            names = [*(case.name for case in cases), "places_are_given_back"]
+            found[name] = {case: [rank[case] for rank in ranks] for case in names}
+        assert found[name] is not None, f"suite `{name}` failed before"
         return found[name]
 
     return get

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 70
 LAYERS = [
     ["errors", "frames", "units", "version"],
     ["config", "identity", "streams", "stats", "account"],
-    ["profile", "planner"],
+    ["profile", "planner", "projection"],
     ["storage", "policy", "schedule", "summary"],
     ["transfer", "failures", "preflight"],
     ["records", "ledger", "placement", "observing"],
@@ -27,7 +27,7 @@ LAYERS = [
     ["runtime"],
     [""],  # ssdtrain_plugin itself: the public names
     ["integrations", "doctor", "bench"],
-    ["cli_bench"],
+    ["cli_bench", "cli_plan"],
     ["run", "cli"],
     ["__main__"],
 ]
