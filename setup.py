@@ -38,10 +38,15 @@ setup(
         "rich>=13,<16",
         "PyYAML>=6,<7",
         "sortedcontainers>=2.4,<3",
+        "xxhash>=3.4,<4",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.16,<1"],
-        "megatron": ["megatron-core>=0.16.1,<1"],
+        # From 0.18 on it imports triton, which comes with torch's CUDA builds only.
+        "megatron": [
+            "megatron-core>=0.16.1,<1",
+            "triton; python_version >= '3.12' and sys_platform == 'linux'",
+        ],
         "gds": ["kvikio-cu12>=25.4"],
         "bench": ["matplotlib>=3.8,<4", "scipy>=1.11,<2"],
         "dev": [

@@ -114,6 +114,19 @@ class OffloadConfig(BaseModel):
         "DeepNVMe. A named engine is used or refused; `auto` picks one and says why.",
     )
     io_threads: int = Field(default=4, ge=1, le=64, description="Worker threads per drive and direction.")
+    io_timeout_seconds: float = Field(
+        default=60.0,
+        ge=0.1,
+        le=86400.0,
+        allow_inf_nan=False,
+        description="A store that takes longer is given up and its tensor stays in memory; a load that takes longer "
+        "stops training (seconds). Transfers of 1 GiB and more may take longer, one second for 16 MiB.",
+    )
+    verify: Literal["off", "checksum"] = Field(
+        default="off",
+        description="`checksum` hashes what is stored on a drive and compares at each load: bytes that come back wrong "
+        "stop training instead of spoiling it. Costs a pass over the bytes in each direction.",
+    )
     checkpointing: Literal["offload", "recompute"] = Field(
         default="offload",
         description="What a region checkpointed with DeepSpeed's functions or `ssdtrain.checkpoint` means: `offload` "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ssdtrain_plugin.errors import CapacityError, StorageError
 from ssdtrain_plugin.policy.base import TierHealth
@@ -34,6 +34,7 @@ class FailureLog:
         self._health = {name: TierHealth() for name in tier_names}
         self._known_causes: set[str] = set()
         self._unsaid: deque[str] = deque()
+        self._hanging: list[tuple[str, Callable[[], bool]]] = []
 
     def is_usable(self, tier_name: str, step: int) -> bool:
         """Tell whether a store to the tier may be tried.
@@ -42,7 +43,20 @@ class FailureLog:
             tier_name: Of a tier.
             step: Number of the present step.
         """
+        if self._hanging:
+            self._hanging = [(name, has_returned) for name, has_returned in self._hanging if not has_returned()]
+            if any(name == tier_name for name, _ in self._hanging):
+                return False
         return self._health[tier_name].is_usable(step)
+
+    def leave_alone(self, tier_name: str, has_returned: Callable[[], bool]) -> None:
+        """Let no store be tried on a tier while a transfer hangs there, however long that is.
+
+        Args:
+            tier_name: Of the tier.
+            has_returned: Whether the transfer has returned.
+        """
+        self._hanging.append((tier_name, has_returned))
 
     def succeeded(self, tier_name: str) -> None:
         """Note a store that worked.
@@ -68,16 +82,16 @@ class FailureLog:
         self._count(cause, error, "the tensor stays in memory", counts)
 
     def survived(self, tier_name: str, error: StorageError, counts: Counter[str]) -> None:
-        """Note what one drive of a tier refused and another one took.
+        """Note a failure that a tier has made good: another attempt, or another drive, has moved the bytes.
 
         Args:
             tier_name: Of the tier.
-            error: Why the first refused.
+            error: Of the first attempt, or drive.
             counts: Failures of this step by cause; one is added.
         """
         cause, _ = _cause(tier_name, error)
         place = f"{cause} at {error.path}" if error.path else cause
-        self._count(place, error, "another drive has stored the bytes", counts)
+        self._count(place, error, "another attempt, or another drive, has moved the bytes", counts)
 
     def _count(self, cause: str, error: BaseException, outcome: str, counts: Counter[str]) -> None:
         counts[cause] += 1
@@ -100,4 +114,6 @@ def _cause(tier_name: str, error: BaseException) -> tuple[str, bool]:
     number = error.errno if isinstance(error, StorageError | OSError) else None
     is_budget = isinstance(error, CapacityError) and number is None
     reason = "budget used up" if is_budget else type(error).__name__
+    if number == errno.ETIMEDOUT:
+        return f"{tier_name}: timeout", is_budget
     return f"{tier_name}: {errno.errorcode.get(number, str(number)) if number else reason}", is_budget

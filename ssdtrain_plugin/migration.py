@@ -256,22 +256,46 @@ class Migrator:
             record = move.record
             record.is_moving = False
             self._moving_bytes[move.direction] -= record.span.nbytes
-            if is_spill:
+            if transfer.is_given_up:
+                self._leave(move, transfer)
+            elif is_spill:
                 self._note_spill(move, transfer)
             elif transfer.error is not None:
                 self._note_failed_promotion(transfer.error)
-            unused = move.extent
-            if move.is_copied and self._is_wanted(move):
-                source, unused = record.place()
-                source.free(unused)
-                record.tier, record.extent = self._drive if is_spill else self._host, move.extent
-            elif unused is not None:
-                (self._drive if is_spill else self._host).free(unused)
+            if transfer.is_given_up:
+                pass  # see `_leave`
+            elif move.is_copied and self._is_wanted(move):
+                record.free_extent()
+                record.tier, record.extent = self._target(move), move.extent
+            else:
+                self._free_copy(move)
             if record.state is State.FREED:
                 record.end_transfer()
-            if move.is_copied and not is_spill:
+            if move.is_copied and not is_spill and not transfer.is_given_up:
                 self.promote()
         self._placer.failures.say()
+
+    def _target(self, move: _Move) -> Tier:
+        return self._drive if move.direction is Direction.STORE else self._host
+
+    def _free_copy(self, move: _Move) -> None:
+        if move.extent is not None:
+            self._target(move).free(move.extent)
+
+    def _leave(self, move: _Move, transfer: Transfer) -> None:
+        """Leave both places to a move that was given up, until it returns."""
+        move.record.leave_to(transfer)
+        if move.direction is Direction.STORE:
+            self._placer.hangs(self._drive, move.extent, transfer)
+            self._count_failed_spill(transfer)
+        elif transfer.error is not None:
+            self._note_failed_promotion(transfer.error)
+        transfer.when_returned(partial(self._free_copy, move))
+
+    def _count_failed_spill(self, transfer: Transfer) -> None:
+        if transfer.error is not None:
+            counts = self._ledger.counter.failures
+            self._placer.failures.failed(self._drive.name, transfer.error, self._ledger.step, counts)
 
     def _note_spill(self, move: _Move, transfer: Transfer) -> None:
         failures, counts = self._placer.failures, self._ledger.counter.failures
@@ -282,7 +306,7 @@ class Migrator:
                 failures.survived(name, survived, counts)
         # A budget that is used up is no failure: the bytes have a place.
         elif error is not None and (not isinstance(error, CapacityError) or error.errno is not None):
-            failures.failed(name, error, self._ledger.step, counts)
+            self._count_failed_spill(transfer)
 
     def _note_failed_promotion(self, error: BaseException) -> None:
         """Count it and stop for this backward; whether bytes are lost is for their load to find out."""

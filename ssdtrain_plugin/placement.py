@@ -10,7 +10,8 @@ import torch
 
 from ssdtrain_plugin.failures import FailureLog
 from ssdtrain_plugin.policy.base import OffloadPolicy, PackRequest, Placement
-from ssdtrain_plugin.storage.base import Tier
+from ssdtrain_plugin.storage.base import Extent, Tier
+from ssdtrain_plugin.transfer import Transfer
 
 __all__ = ["Placer"]
 
@@ -118,6 +119,17 @@ class Placer:
         others = [self.usable(placement, step) for placement in self._tiers]
         tiers = [chosen, *(tier for tier in others if tier is not chosen)]
         return [tier for tier in tiers if tier is not None]
+
+    def hangs(self, tier: Tier, extent: Extent | None, transfer: Transfer) -> None:
+        """Note a store that was given up: its tier is left alone until it returns.
+
+        Args:
+            tier: Of the extent.
+            extent: Where the store goes; None if it hangs before it has a place.
+            transfer: The store.
+        """
+        if extent is None or tier.hangs(extent):
+            self.failures.leave_alone(tier.name, lambda: transfer.has_returned)
 
     def pins_more_than_it_saves(self, nbytes: int, storage_bytes: int) -> bool:
         """Tell whether keeping a small view would keep a large storage in memory.

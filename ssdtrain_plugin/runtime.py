@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +24,13 @@ from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
 from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
-from ssdtrain_plugin.preflight import prepare
+from ssdtrain_plugin.preflight import find_local_rank, prepare
 from ssdtrain_plugin.stats import StatsWriter, StepStats
-from ssdtrain_plugin.storage.base import Tier
+from ssdtrain_plugin.storage.base import Engine, Tier
 from ssdtrain_plugin.storage.engines import choose_engine, open_drive
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
+from ssdtrain_plugin.storage.retries import Retries
 from ssdtrain_plugin.storage.striped import StripedTier
 from ssdtrain_plugin.streams import Streams, create_streams
 from ssdtrain_plugin.summary import RunTotals, after_warm_up
@@ -52,10 +55,17 @@ class Parts:
     Attributes:
         wrap_drive: Puts something around the drive's tier, such as a bound on its speed.
         policy: Decides, whatever the option says.
+        wrap_engine: Puts something around the engine of each drive, such as
+            :meth:`ssdtrain_plugin.storage.faulty.FaultPlan.wrap`.
+        retries: How patient drives are with calls that fail.
+        clock: Seconds, never going back: by it transfers are given up.
     """
 
     wrap_drive: Callable[[Tier], Tier] = lambda tier: tier
     policy: OffloadPolicy | None = None
+    wrap_engine: Callable[[Engine], Engine] | None = None
+    retries: Retries | None = None
+    clock: Callable[[], float] = time.monotonic
 
 
 class Offloader:
@@ -211,11 +221,16 @@ def build(
     parts = parts or Parts()
     streams = create_streams(device)
     arena = HostArena(streams)
-    tiers, engine_line = _build_tiers(config, streams, arena, device)
+    tiers, engine_line = _build_tiers(config, streams, arena, device, parts)
     if Placement.SSD in tiers:
         tiers[Placement.SSD] = parts.wrap_drive(tiers[Placement.SSD])
     policy = parts.policy or _create_policy(config, tiers, lookahead_events)
-    queue = TransferQueue(io_threads=config.io_threads, max_inflight_bytes=config.max_inflight_bytes)
+    queue = TransferQueue(
+        io_threads=config.io_threads,
+        max_inflight_bytes=config.max_inflight_bytes,
+        timeout_seconds=config.io_timeout_seconds,
+        clock=parts.clock,
+    )
     cache = TensorCache(
         policy=policy,
         queue=queue,
@@ -248,7 +263,7 @@ def build(
 
 
 def _build_tiers(
-    config: OffloadConfig, streams: Streams, arena: HostArena, device: torch.device
+    config: OffloadConfig, streams: Streams, arena: HostArena, device: torch.device, parts: Parts
 ) -> tuple[dict[Placement, Tier], str]:
     """Open what the options name; return it with a few words on the engine."""
     tiers: dict[Placement, Tier] = {}
@@ -260,9 +275,18 @@ def _build_tiers(
         line = f"; io_engine {config.io_engine}: {engine}, {reason}"
         with contextlib.ExitStack() as opened:
             drives: list[Tier] = []
-            disk_bytes = None if config.disk_bytes is None else config.disk_bytes // len(config.paths)
+            open_one = partial(
+                open_drive,
+                engine=engine,
+                streams=streams,
+                arena=arena,
+                disk_bytes=None if config.disk_bytes is None else config.disk_bytes // len(config.paths),
+                has_checksums=config.verify == "checksum",
+                wrap_engine=parts.wrap_engine,
+                retries=parts.retries,
+            )
             for path in config.paths:
-                drives.append(open_drive(path, engine=engine, streams=streams, arena=arena, disk_bytes=disk_bytes))
+                drives.append(open_one(path))
                 opened.callback(drives[-1].close)
             opened.pop_all()
         tiers[Placement.SSD] = drives[0] if len(drives) == 1 else StripedTier(drives)
@@ -360,8 +384,8 @@ def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], par
     if not isinstance(config, OffloadConfig):
         config = OffloadConfig.from_dict(config)
     make_audible()
-    local_rank, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("RANK", "0"))
-    config = prepare(config, local_rank=local_rank)
+    config = prepare(config, local_rank=find_local_rank())
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
     offloader = build(config, device=_device_of(model), rank=rank, parts=parts)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))

@@ -5,17 +5,30 @@ It knows time, not tensors: a transfer is a piece of blocking work with a size.
 Note [Lanes]. Each drive, in each direction, is a lane with threads of its own: stores
 do not hold up loads, and a slow drive does not hold up a fast one. A lane is first
 come first served; an urgent transfer goes to its head.
+
+Note [A transfer that hangs]. A system call may never return, and nothing can make it.
+So a transfer that has run too long is given up: its ``finish`` runs, with an error, as
+if it had failed, and its bytes leave the budget. Its thread is left alone. Until the call
+returns, if ever, the transfer goes on owning what the call may touch: the memory, which
+its work holds, and the place on the tier, which ``finish`` leaves to it by
+:meth:`Transfer.when_returned`. The thread is not replaced, so that a drive that hangs holds
+at most ``io_threads`` transfers in each direction; when all of them hang, what is queued
+behind them is given up too. Nobody watches a clock all the time: who submits a store or
+waits for something looks, before and while it waits, in a thread that computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
 
+from ssdtrain_plugin.deadlines import Abandonable, Deadlines, hangs
 from ssdtrain_plugin.errors import QueueClosedError
 from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.streams import DeviceEvent
@@ -24,7 +37,7 @@ __all__ = ["Direction", "Transfer", "TransferQueue", "TransferState"]
 
 logger = logging.getLogger(__name__)
 
-_JOIN_SECONDS = 5.0
+_JOIN_SECONDS = 3.0
 
 
 class Direction(enum.Enum):
@@ -43,7 +56,7 @@ class TransferState(enum.Enum):
     CANCELLED = "cancelled"
 
 
-class Transfer:
+class Transfer(Abandonable):
     """One copy between device memory and a tier.
 
     Args:
@@ -54,6 +67,7 @@ class Transfer:
         finish: Called in the worker after ``work`` and before ``DONE``, with no
             lock held; not called when the transfer is cancelled.
         lane: Which drive, or other place, the bytes go to or come from.
+        path: The same for messages, or None.
 
     Attributes:
         state: Written under the queue's lock.
@@ -62,7 +76,7 @@ class Transfer:
         seconds: How long ``work`` took.
     """
 
-    __slots__ = ("_finish", "_work", "direction", "error", "event", "lane", "nbytes", "seconds", "state")
+    __slots__ = ("_finish", "_work", "direction", "error", "event", "lane", "nbytes", "path", "seconds", "state")
 
     def __init__(
         self,
@@ -71,10 +85,13 @@ class Transfer:
         work: Callable[[], DeviceEvent | None],
         finish: Callable[[Transfer], None],
         lane: Hashable = None,
+        path: str | None = None,
     ) -> None:
         """Describe the work; nothing runs yet."""
+        super().__init__()
         self.direction = direction
         self.lane = lane
+        self.path = path
         self.nbytes = nbytes
         self._work: Callable[[], DeviceEvent | None] | None = work
         self._finish: Callable[[Transfer], None] | None = finish
@@ -83,37 +100,58 @@ class Transfer:
         self.event: DeviceEvent | None = None
         self.seconds = 0.0
 
-    def run(self) -> None:
-        """Do the work and call ``finish``. For the queue's workers."""
+    def run(self) -> tuple[DeviceEvent | None, BaseException | None, float]:
+        """Do the work; return its event, its error and how long it took. For the queue's workers."""
+        event, failure = None, None
         started = time.perf_counter()
         try:
             if self._work is not None:
-                self.event = self._work()
+                event = self._work()
         except BaseException as error:  # noqa: BLE001 - a thread's top: kept, and raised where the bytes are needed
-            self.error = without_frames(error)
-        self.seconds = time.perf_counter() - started
+            failure = without_frames(error)
         # The work holds the source. It must be gone before `finish` asks whether
         # the bytes are still in memory.
         self._work = None
+        return event, failure, time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Call ``finish``. For the queue, once."""
         finish, self._finish = self._finish, None
         if finish is not None:
             finish(self)
+
+    def give_up(self, reason: str, seconds: float) -> None:
+        """Set the error of a transfer that is not waited for. For the queue; ``finish`` comes next.
+
+        Args:
+            reason: In a few words.
+            seconds: For which it has run.
+        """
+        self.is_given_up = True
+        self.seconds = seconds
+        is_store = self.direction is Direction.STORE
+        self.error = hangs(is_store=is_store, nbytes=self.nbytes, path=self.path, reason=reason)
 
     def drop(self) -> None:
         """Let go of what the work holds. For the queue, on cancel."""
         self._work = None
         self._finish = None
 
+    def drop_work(self) -> None:
+        """Let go of what the work holds; ``finish`` comes all the same. For the queue."""
+        self._work = None
+
 
 class _Lane:
-    """One direction of one drive: who waits, and the threads that serve."""
+    """One direction of one drive: who waits, the threads that serve, and those of them that hang."""
 
-    __slots__ = ("queue", "ready", "threads")
+    __slots__ = ("hanging", "queue", "ready", "threads")
 
     def __init__(self, lock: threading.RLock) -> None:
         self.queue: deque[Transfer] = deque()
         self.ready = threading.Condition(lock)
         self.threads: list[threading.Thread] = []
+        self.hanging: set[threading.Thread] = set()
 
 
 class TransferQueue:
@@ -123,9 +161,18 @@ class TransferQueue:
         io_threads: Threads per lane, started when there is work for them.
         max_inflight_bytes: Bound on stores queued or running. One store larger
             than the bound is admitted when nothing else is in flight.
+        timeout_seconds: As of :class:`ssdtrain_plugin.deadlines.Deadlines`.
+        clock: Seconds, never going back.
     """
 
-    def __init__(self, *, io_threads: int, max_inflight_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        io_threads: int,
+        max_inflight_bytes: int,
+        timeout_seconds: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Prepare the queues; no thread runs yet."""
         self._io_threads = io_threads
         self._max_inflight_bytes = max_inflight_bytes
@@ -133,6 +180,7 @@ class TransferQueue:
         self._lock = threading.RLock()
         self._lanes: dict[tuple[Direction, Hashable], _Lane] = {}
         self._changed = threading.Condition(self._lock)
+        self._deadlines: Deadlines[Transfer, threading.Thread] = Deadlines(timeout_seconds, clock)
         self._inflight_bytes = 0
         self._num_unfinished = 0
         self._is_closed = False
@@ -167,11 +215,11 @@ class TransferQueue:
         Threads:
             Any, with no lock held: it is the workers that make room.
         """
+        self.give_up_overdue()
         if self._has_room(nbytes):
             return 0.0
         started = time.perf_counter()
-        with self._lock:
-            self._changed.wait_for(lambda: self._is_closed or self._has_room(nbytes))
+        self._wait_until(lambda: self._is_closed or self._has_room(nbytes))
         return time.perf_counter() - started
 
     def _has_room(self, nbytes: int) -> bool:
@@ -202,11 +250,16 @@ class TransferQueue:
                 lane.queue.appendleft(transfer)
             else:
                 lane.queue.append(transfer)
+            if len(lane.hanging) == self._io_threads:
+                # Nobody will ever serve it. The cache's lock may be held here, so another call gives it up.
+                self._deadlines.look_now()
+                self._changed.notify_all()
             self._start_thread_if_needed(direction, lane)
             lane.ready.notify()
 
     def _start_thread_if_needed(self, direction: Direction, lane: _Lane) -> None:
-        if len(lane.threads) < min(self._io_threads, len(lane.queue)):
+        num_hanging = len(lane.hanging)
+        if len(lane.threads) - num_hanging < min(self._io_threads - num_hanging, len(lane.queue)):
             name = f"ssdtrain-{direction.value}-{sum(len(lane.threads) for lane in self._lanes.values())}"
             thread = threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True)
             thread.start()
@@ -251,20 +304,65 @@ class TransferQueue:
             return 0.0
         started = time.perf_counter()
         ended = (TransferState.DONE, TransferState.CANCELLED)
-        with self._lock:
-            self._changed.wait_for(lambda: transfer.state in ended)
+        self._wait_until(lambda: transfer.state in ended)
         return time.perf_counter() - started
 
     def wait_idle(self) -> None:
-        """Wait until nothing is queued or running."""
+        """Wait until nothing is queued or running, but for what was given up."""
+        self._wait_until(lambda: self._num_unfinished == 0)
+
+    def _wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Wait for a condition on what the lock guards; give up meanwhile what is overdue."""
+        while True:
+            self.give_up_overdue()
+            with self._lock:
+                if is_true():
+                    return
+                left_seconds = self._deadlines.left_seconds
+                if left_seconds > 0:
+                    self._changed.wait(min(left_seconds, threading.TIMEOUT_MAX))
+
+    def give_up_overdue(self) -> None:
+        """Give up every transfer that has run too long: Note [A transfer that hangs].
+
+        Threads:
+            Any but the workers, with no lock held: ``finish`` of those transfers is called here.
+        """
+        if not self._deadlines.is_due():
+            return
         with self._lock:
-            self._changed.wait_for(lambda: self._num_unfinished == 0)
+            given_up = []
+            for transfer, thread, seconds in self._deadlines.take_overdue():
+                self._lanes[transfer.direction, transfer.lane].hanging.add(thread)
+                transfer.give_up(f"no end after {seconds:.0f} s", seconds)
+                given_up.append(transfer)
+            for (direction, _), lane in self._lanes.items():
+                given_up += self._take_hopeless(lane)
+                self._start_thread_if_needed(direction, lane)
+            self._changed.notify_all()  # who waits may have to look again earlier, or later
+        with contextlib.ExitStack() as ends:  # every one, whatever another one raises
+            for transfer in reversed(given_up):
+                ends.callback(self._finish, transfer)
+
+    def _take_hopeless(self, lane: _Lane) -> list[Transfer]:
+        """Give up what is queued behind nothing but transfers that hang."""
+        if len(lane.hanging) < self._io_threads:
+            return []
+        behind = [transfer for transfer in lane.queue if transfer.state is TransferState.QUEUED]
+        lane.queue.clear()
+        for transfer in behind:
+            transfer.state = TransferState.RUNNING  # it can no more be cancelled
+            transfer.give_up("all transfers before it hang", 0.0)
+            transfer.drop_work()
+            transfer.returned()
+        return behind
 
     def close(self) -> None:
         """Cancel what is queued, wait for what runs, stop the threads.
 
-        A worker that hangs in the kernel is left behind after some seconds: it is
-        a daemon and ends with the process. Calling this twice does nothing.
+        A worker that hangs in the kernel is left behind, at once if that is known and
+        else after some seconds: it is a daemon and ends with the process. Calling this
+        twice does nothing.
         """
         with self._lock:
             if not self._is_closed:
@@ -273,7 +371,7 @@ class TransferQueue:
                     self._cancel_all(lane.queue)
             for condition in (*(lane.ready for lane in self._lanes.values()), self._changed):
                 condition.notify_all()
-            threads = [thread for lane in self._lanes.values() for thread in lane.threads]
+            threads = [thread for lane in self._lanes.values() for thread in lane.threads if thread not in lane.hanging]
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in threads:
             if thread is not threading.current_thread():
@@ -290,17 +388,38 @@ class TransferQueue:
 
     def _serve(self, lane: _Lane) -> None:
         while (transfer := self._next(lane)) is not None:
-            try:
-                transfer.run()
-            except BaseException as error:  # a thread's top: whoever waits must get an answer
-                transfer.error = transfer.error or without_frames(error)
-                logger.exception("a transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
-            finally:
-                with self._lock:
-                    transfer.state = TransferState.DONE
-                    self._settle(transfer)
+            self._run(transfer, lane)
             # The loop variable would hold the last transfer while the thread waits.
             del transfer
+
+    def _run(self, transfer: Transfer, lane: _Lane) -> None:
+        event, error, seconds = transfer.run()
+        with self._lock:
+            is_in_time = self._deadlines.end(transfer)
+            if is_in_time:
+                transfer.event, transfer.error, transfer.seconds = event, error, seconds
+            else:
+                lane.hanging.discard(threading.current_thread())
+        if is_in_time:
+            self._finish(transfer)
+            return
+        try:
+            transfer.returned()
+        except BaseException:  # a thread's top
+            logger.exception("a late transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
+
+    def _finish(self, transfer: Transfer) -> None:
+        try:
+            transfer.finish()
+        except BaseException as error:  # whoever waits must get an answer
+            transfer.error = transfer.error or without_frames(error)
+            logger.exception("a transfer's end failed; this is a defect of ssdtrain_plugin, please report it")
+            if isinstance(error, KeyboardInterrupt):  # of the thread that computes
+                raise
+        finally:
+            with self._lock:
+                transfer.state = TransferState.DONE
+                self._settle(transfer)
 
     def _next(self, lane: _Lane) -> Transfer | None:
         with self._lock:
@@ -309,6 +428,8 @@ class TransferQueue:
                     transfer = lane.queue.popleft()
                     if transfer.state is TransferState.QUEUED:
                         transfer.state = TransferState.RUNNING
+                        if self._deadlines.begin(transfer, threading.current_thread(), transfer.nbytes):
+                            self._changed.notify_all()  # who waits without end has something to wait for
                         return transfer
                 if self._is_closed:
                     return None

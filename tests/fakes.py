@@ -206,9 +206,10 @@ class CacheRig:
         prefetch_bytes=1 << 40,
         min_tensor_bytes=1,
         policy=None,
+        **queue_options,
     ):
         self.tier = tier
-        self.queue = TransferQueue(io_threads=io_threads, max_inflight_bytes=max_inflight_bytes)
+        self.queue = TransferQueue(io_threads=io_threads, max_inflight_bytes=max_inflight_bytes, **queue_options)
         placement = Placement.HOST if tier.name == "host" else Placement.SSD
         self.policy = policy or AlwaysOffload(placement)
         self.cache = TensorCache(

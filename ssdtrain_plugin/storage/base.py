@@ -162,6 +162,28 @@ class Tier(ABC):
         """
         return None
 
+    def path_of(self, extent: Extent) -> str | None:
+        """Name the directory that has an extent, for messages; None if it is in memory.
+
+        Args:
+            extent: Live.
+        """
+        return None
+
+    def hangs(self, extent: Extent) -> bool:
+        """Note that a transfer of an extent does not return.
+
+        Args:
+            extent: Live, and so until the transfer returns.
+
+        Returns:
+            Whether the whole tier should get no store until then; else it sees to that itself.
+
+        Threads:
+            Any.
+        """
+        return True
+
     @property
     @abstractmethod
     def used_bytes(self) -> int:

@@ -8,12 +8,18 @@ are padded, so offset and length always can be. Where the engine can move a tens
 bytes where they lie, it does; else, and for the last bytes of an odd length, they go
 through staging memory of the engine. Padding never runs over memory that may belong
 to somebody else.
+
+Note [What is checked]. With checksums, the bytes are hashed where the engine takes them
+from and where it has put them: in staging memory, or where they lie. So all that the
+engine, the file system and the drive do to them is covered, and a copy between device
+and staging memory is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,10 +27,12 @@ from torch import Tensor
 
 from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
 from ssdtrain_plugin.storage.base import Engine, Extent, Rates, Tier
+from ssdtrain_plugin.storage.checksums import Checksums, Digest
 from ssdtrain_plugin.storage.extent_file import FULL, ExtentFile, cannot_create
 from ssdtrain_plugin.storage.extents import round_up
 from ssdtrain_plugin.storage.posix import length_alignment
 from ssdtrain_plugin.storage.probe import DirectoryReport, probe_directory
+from ssdtrain_plugin.storage.retries import Attempts, Retries, ShortTransferError
 from ssdtrain_plugin.storage.tally import Tally
 from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.units import GIB, MIB, format_bytes
@@ -35,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 * MIB
 _CALL_BYTES = GIB
+_MOST_SURVIVED = 64  # of the failures that nobody has taken yet
 
 CreateEngine = Callable[[int, DirectoryReport], Engine]
 """Builds the engine for a descriptor and what is known of its directory."""
@@ -48,6 +57,8 @@ class DriveTier(Tier):
         create_engine: Builds what moves the bytes.
         streams: Copy between device and staging memory.
         disk_bytes: Bound on the file, or None for the space free now minus 5 %.
+        has_checksums: Hash what is stored, and compare at each load: Note [What is checked].
+        retries: How patient to be with calls that fail.
 
     Raises:
         StorageError: No file can be created in the directory.
@@ -57,7 +68,14 @@ class DriveTier(Tier):
     name = "ssd"
 
     def __init__(
-        self, path: str, *, create_engine: CreateEngine, streams: Streams, disk_bytes: int | None = None
+        self,
+        path: str,
+        *,
+        create_engine: CreateEngine,
+        streams: Streams,
+        disk_bytes: int | None = None,
+        has_checksums: bool = False,
+        retries: Retries | None = None,
     ) -> None:
         """Probe the directory and open the extent file, empty."""
         self._path = path
@@ -79,6 +97,13 @@ class DriveTier(Tier):
             )
         self._length_alignment = length_alignment(self._report)
         self._writes, self._reads = Tally(), Tally()
+        self._checksums = Checksums() if has_checksums else None
+        self._retries = retries or Retries()
+        self._survived: deque[StorageError] = deque(maxlen=_MOST_SURVIVED)
+
+    def path_of(self, extent: Extent) -> str:
+        """Name the directory."""
+        return self._path
 
     @property
     def report(self) -> DirectoryReport:
@@ -108,7 +133,8 @@ class DriveTier(Tier):
     def describe(self) -> str:
         """Name directory, file system, engine and capacity in one line."""
         limit = format_bytes(self._file.limit_bytes)
-        return f"ssd: `{self._path}` ({self._report.file_system}), {self._engine.describe()}, up to {limit}"
+        checked = "" if self._checksums is None else ", checksums"
+        return f"ssd: `{self._path}` ({self._report.file_system}), {self._engine.describe()}{checked}, up to {limit}"
 
     def allocate(self, nbytes: int) -> Extent:
         """Reserve room, growing the file if need be; see :meth:`Tier.allocate`."""
@@ -117,27 +143,46 @@ class DriveTier(Tier):
     def write(self, extent: Extent, source: Tensor, ready: DeviceEvent) -> None:
         """Write all of ``source``; see :meth:`Tier.write`."""
         with self._transfer(extent, source, StoreError):
+            digest = None if self._checksums is None else Digest()
             begin = self._engine.in_place_bytes(source)
             if begin:
                 ready.synchronize()
+                self._digest(digest, source, begin)
                 self._move(StoreError, extent, source, 0, begin)
             if begin < extent.nbytes:
-                self._write_staged(extent, source, begin, ready)
+                self._write_staged(extent, source, begin, ready, digest)
+            if self._checksums is not None and digest is not None:
+                self._checksums.remember(extent, digest.value)
 
     def read(self, extent: Extent, target: Tensor, ready: DeviceEvent) -> DeviceEvent:
-        """Read all of ``extent``; see :meth:`Tier.read`."""
+        """Read all of ``extent``, again if its checksum is wrong; see :meth:`Tier.read`."""
         with self._transfer(extent, target, LoadError):
-            begin = self._engine.in_place_bytes(target)
-            if begin:
-                ready.synchronize()
-                self._move(LoadError, extent, target, 0, begin)
-            if begin < extent.nbytes:
-                return self._read_staged(extent, target, begin, ready)
-            return DeviceEvent()  # the bytes are where they belong
+            if self._checksums is None:
+                return self._read(extent, target, ready, None)
+            expected = self._checksums.expected(extent)
+            failure: StorageError | None = None
+            for pause_seconds in (None, *self._retries.checksum_pauses_seconds):
+                if pause_seconds is not None:
+                    self._retries.wait(pause_seconds)
+                digest = Digest()
+                event = self._read(extent, target, ready, digest)
+                if digest.value == expected:
+                    if failure is not None:
+                        self._survived.append(failure)
+                    return event
+                reason = f"checksum {digest.value:016x}, expected {expected:016x}"
+                failure = self._failure(LoadError, extent, extent.offset, extent.nbytes, reason, None)
+            raise failure or StateError("a read ended without having been tried")
 
     def free(self, extent: Extent) -> None:
         """Give an extent back; its bytes in the file are used again."""
+        if self._checksums is not None:
+            self._checksums.forget(extent)  # before another extent may begin there
         self._file.free(extent)
+
+    def take_survived(self) -> list[StorageError]:
+        """Take the failures after which another attempt went well; see :meth:`Tier.take_survived`."""
+        return [self._survived.popleft() for _ in range(len(self._survived))]
 
     def take_rates(self) -> Rates:
         """Tell how fast the engine was; copies to and from staging memory are not in it."""
@@ -196,7 +241,23 @@ class DriveTier(Tier):
         starts = range(begin, extent.nbytes, _CHUNK_BYTES)
         return [(start, min(start + _CHUNK_BYTES, extent.nbytes)) for start in starts]
 
-    def _write_staged(self, extent: Extent, source: Tensor, begin: int, ready: DeviceEvent) -> None:
+    def _digest(self, digest: Digest | None, memory: Tensor, nbytes: int) -> None:
+        """Add the first bytes of ``memory`` to a digest, if there is one; by way of staging memory from a device."""
+        if digest is None:
+            return
+        memory = memory[:nbytes]
+        if memory.is_cpu:
+            digest.update(memory)
+            return
+        with self._staging(1, min(memory.numel(), _CHUNK_BYTES)) as blocks:
+            for part in memory.split(_CHUNK_BYTES):
+                # All that this part waits for has happened: its bytes were, or are about to be, moved.
+                self._streams.copy_to_host(blocks[0][: part.numel()], part, DeviceEvent()).synchronize()
+                digest.update(blocks[0][: part.numel()])
+
+    def _write_staged(
+        self, extent: Extent, source: Tensor, begin: int, ready: DeviceEvent, digest: Digest | None
+    ) -> None:
         """Copy one chunk while the one before it is written."""
         chunks = self._chunks(extent, begin)
         with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
@@ -208,21 +269,35 @@ class DriveTier(Tier):
                     copied.append(self._streams.copy_to_host(block, source[start:end], ready))
                     del block
                     if index > 0:
-                        self._write_chunk(extent, chunks[index - 1], blocks, index - 1, copied[index - 1])
-                self._write_chunk(extent, chunks[-1], blocks, len(chunks) - 1, copied[-1])
+                        copied[index - 1].synchronize()
+                        self._write_chunk(extent, chunks[index - 1], blocks, index - 1, digest)
+                copied[-1].synchronize()
+                self._write_chunk(extent, chunks[-1], blocks, len(chunks) - 1, digest)
             finally:
                 # Staging may be given to another thread only after the copies into it.
                 for event in copied[-2:]:
                     event.synchronize()
 
     def _write_chunk(
-        self, extent: Extent, chunk: tuple[int, int], blocks: list[Tensor], index: int, copied: DeviceEvent
+        self, extent: Extent, chunk: tuple[int, int], blocks: list[Tensor], index: int, digest: Digest | None
     ) -> None:
         start, end = chunk
-        copied.synchronize()
+        self._digest(digest, blocks[index % 2], end - start)
         self._move(StoreError, extent, blocks[index % 2], start, round_up(end - start, self._length_alignment))
 
-    def _read_staged(self, extent: Extent, target: Tensor, begin: int, ready: DeviceEvent) -> DeviceEvent:
+    def _read(self, extent: Extent, target: Tensor, ready: DeviceEvent, digest: Digest | None) -> DeviceEvent:
+        begin = self._engine.in_place_bytes(target)
+        if begin:
+            ready.synchronize()
+            self._move(LoadError, extent, target, 0, begin)
+            self._digest(digest, target, begin)
+        if begin < extent.nbytes:
+            return self._read_staged(extent, target, begin, ready, digest)
+        return DeviceEvent()  # the bytes are where they belong
+
+    def _read_staged(
+        self, extent: Extent, target: Tensor, begin: int, ready: DeviceEvent, digest: Digest | None
+    ) -> DeviceEvent:
         """Read one chunk while the one before it is copied; return with all copies done."""
         chunks = self._chunks(extent, begin)
         with self._staging(min(len(chunks), 2), min(extent.nbytes - begin, _CHUNK_BYTES)) as blocks:
@@ -234,6 +309,7 @@ class DriveTier(Tier):
                     size = round_up(end - start, self._length_alignment)
                     self._move(LoadError, extent, blocks[index % 2], start, size)
                     block = blocks[index % 2][: end - start]
+                    self._digest(digest, block, end - start)
                     copied.append(self._streams.copy_to_device(target[start:end], block, ready))
                     del block
             finally:
@@ -248,17 +324,24 @@ class DriveTier(Tier):
         call, tally = (self._engine.write, self._writes) if is_store else (self._engine.read, self._reads)
         skip = 0
         for offset, size in _calls(extent, start, nbytes):
-            try:
-                with tally.count(size):
-                    count = call(memory[skip:] if skip else memory, size, offset)
-            except OSError as error:
-                del memory  # frames that an exception keeps alive must not hold staging memory
-                failure = self._failure(kind, extent, offset, size, error.strerror or str(error), error.errno)
-                raise failure from error.with_traceback(None)
-            if count != size:
-                del memory
-                reason = f"{'wrote' if is_store else 'read'} {count} bytes, expected {size}"
-                raise self._failure(kind, extent, offset, size, reason, None)
+            attempts: Attempts | None = None
+            while True:
+                try:
+                    with tally.count(size):
+                        count = call(memory[skip:] if skip else memory, size, offset)
+                        if count != size:
+                            raise ShortTransferError(
+                                f"{'wrote' if is_store else 'read'} {count} bytes, expected {size}"
+                            )
+                    break
+                except OSError as error:
+                    attempts = attempts or Attempts(self._retries, is_store=is_store)
+                    failure = self._failure(kind, extent, offset, size, error.strerror or str(error), error.errno)
+                    if not attempts.again(error):
+                        del memory  # frames that an exception keeps alive must not hold staging memory
+                        raise failure from error.with_traceback(None)
+            if attempts is not None and attempts.has_paused:
+                self._survived.append(failure)
             skip += size
 
     def _failure(

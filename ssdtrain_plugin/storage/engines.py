@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ssdtrain_plugin.errors import EnvironmentUnsupportedError
@@ -10,6 +12,7 @@ from ssdtrain_plugin.storage.drive import DriveTier
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixEngine
 from ssdtrain_plugin.storage.probe import DirectoryReport
+from ssdtrain_plugin.storage.retries import Retries
 from ssdtrain_plugin.streams import Streams
 
 __all__ = ["choose_engine", "open_drive"]
@@ -59,7 +62,15 @@ def _problem_of(engine: str, device: torch.device) -> str | None:
 
 
 def open_drive(
-    path: str, *, engine: str, streams: Streams, arena: HostArena, disk_bytes: int | None = None
+    path: str,
+    *,
+    engine: str,
+    streams: Streams,
+    arena: HostArena,
+    disk_bytes: int | None = None,
+    has_checksums: bool = False,
+    wrap_engine: Callable[[Engine], Engine] | None = None,
+    retries: Retries | None = None,
 ) -> DriveTier:
     """Open the extent file of one directory, with an engine.
 
@@ -69,6 +80,9 @@ def open_drive(
         streams: Copy between device and staging memory.
         arena: Gives staging memory.
         disk_bytes: Bound on the file, or None for the space free now minus 5 %.
+        has_checksums: Hash what is stored, and compare at each load.
+        wrap_engine: Puts something around the engine, such as faults; or None.
+        retries: How patient to be with calls that fail.
 
     Raises:
         StorageError: No file can be created in the directory.
@@ -87,4 +101,15 @@ def open_drive(
             return GdsEngine(fd, report=report, arena=arena)
         return PosixEngine(fd, report=report, arena=arena)
 
-    return DriveTier(path, create_engine=create, streams=streams, disk_bytes=disk_bytes)
+    def create_wrapped(fd: int, report: DirectoryReport) -> Engine:
+        engine = create(fd, report)
+        return engine if wrap_engine is None else wrap_engine(engine)
+
+    return DriveTier(
+        path,
+        create_engine=create_wrapped,
+        streams=streams,
+        disk_bytes=disk_bytes,
+        has_checksums=has_checksums,
+        retries=retries,
+    )

@@ -9,12 +9,11 @@ extent goes to the drive that would be done with both first::
     (pending_bytes + nbytes) / write_rate  +  (held_bytes + nbytes) / owed_rate
 
 The first term keeps the queues of the drives equally long in seconds, the second gives
-each its share of what is held: by read rates, by write rates, or between, whichever
-makes forward and backward together shortest. A rate that is not known yet is taken to be the best known
-of the others, so that a new drive is tried, unless its first transfers show less. A
+each its share of what is held: by read rates, by write rates, or between, whichever makes
+forward and backward together shortest. A rate that is not known yet is taken to be the best
+known of the others, so that a new drive is tried, unless its first transfers show less. A
 drive that is so slow that it gets nothing would never be measured again; so it gets one
-extent, a probe, when many have gone elsewhere and a probe costs a hundredth of the time
-at most.
+extent, a probe, when many have gone elsewhere and a probe takes 1 % of the time at most.
 
 Note [A drive that fails]. A failed store goes to another drive, and the caller sees a
 success; the error is kept for whoever counts them. The drive gets nothing for a pause
@@ -25,6 +24,7 @@ that. A failed load pauses the drive too, but raises: its bytes are lost.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.storage.base import Extent, Rates, Tier
 from ssdtrain_plugin.storage.extent_file import FULL
 from ssdtrain_plugin.storage.meter import Meter
-from ssdtrain_plugin.storage.shares import owed_rates
+from ssdtrain_plugin.storage.shares import assumed_rates, owed_rates
 from ssdtrain_plugin.streams import DeviceEvent
 from ssdtrain_plugin.units import format_bytes, format_rate
 
@@ -48,7 +48,6 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 64.0
 _PROBE_ALLOCATIONS = 256
 _PROBE_TIME_SHARE = 0.01
-_ASSUMED_BYTES_PER_SECOND = 1e9  # while nothing is known all drives have it, so any number does
 
 
 class _Drive:
@@ -249,6 +248,19 @@ class StripedTier(Tier):
             del self._live[extent.offset]
         self._release(place)
 
+    def path_of(self, extent: Extent) -> str | None:
+        """Name the directory of the drive that has an extent, or was chosen for it."""
+        _, place = self._live.get(extent.offset, (None, None))
+        return None if place is None else place.drive.tier.path_of(place.extent)
+
+    def hangs(self, extent: Extent) -> bool:
+        """Leave the drive alone as after a failure; while a store on it hangs, its bytes stay pending."""
+        with self._lock:
+            _, place = self._live.get(extent.offset, (None, None))
+            if place is not None:
+                place.drive.failed(errno.ETIMEDOUT, self._clock())
+        return False
+
     def take_survived(self) -> list[StorageError]:
         """Take the errors of stores that then went to another drive; see :meth:`Tier.take_survived`."""
         with self._lock:
@@ -336,10 +348,10 @@ class StripedTier(Tier):
 
     def _rates(self) -> tuple[list[float], list[float]]:
         """Bytes per second of each drive, stores and loads, with assumptions for what is not known."""
-        writes = _filled([drive.writes for drive in self._drives])
+        writes = assumed_rates([drive.writes for drive in self._drives])
         if all(drive.reads.bytes_per_second is None for drive in self._drives):
             return writes, writes  # the first forward: a drive that is slow at one is slow at the other
-        return writes, _filled([drive.reads for drive in self._drives])
+        return writes, assumed_rates([drive.reads for drive in self._drives])
 
     # Places
 
@@ -431,16 +443,6 @@ class StripedTier(Tier):
             nbytes=nbytes,
             hint=f"{hint}; the tensor stays in memory meanwhile",
         )
-
-
-def _filled(meters: Sequence[Meter]) -> list[float]:
-    """Speeds; for a drive that is not measured the best of the others, or less if it is seen to be slower."""
-    rates = [meter.bytes_per_second for meter in meters]
-    best = max((rate for rate in rates if rate is not None), default=_ASSUMED_BYTES_PER_SECOND)
-    return [
-        min(best, meter.limit_bytes_per_second) if rate is None else rate
-        for meter, rate in zip(meters, rates, strict=True)
-    ]
 
 
 def _is_failure(refusal: StorageError) -> bool:

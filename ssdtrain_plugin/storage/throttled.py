@@ -236,6 +236,14 @@ class ThrottledTier(Tier):
         """Get the memory that an extent of the tier inside lies in; copies of it are not slowed down."""
         return self._inner.memory_of(extent)
 
+    def path_of(self, extent: Extent) -> str | None:
+        """Name the directory that the tier inside names."""
+        return self._inner.path_of(extent)
+
+    def hangs(self, extent: Extent) -> bool:
+        """Tell the tier inside."""
+        return self._inner.hangs(extent)
+
     def take_rates(self) -> Rates:
         """Tell how fast transfers were, waits included."""
         return Rates(self._write_tally.take(), self._read_tally.take())

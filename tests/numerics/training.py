@@ -2,7 +2,7 @@
 
 import torch
 
-import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin.runtime import attach_with
 
 SEED = 77
 MIB = 1 << 20
@@ -75,11 +75,11 @@ def one_step(model, workload, number, offloader, *, must_load):
     return loss
 
 
-def train(workload, config=None, *, steps=3, must_load=False, step=one_step):
+def train(workload, config=None, *, steps=3, must_load=False, step=one_step, parts=None):
     """Train a fresh model; return losses, every gradient and the parameters, and the steps' statistics."""
     model = workload.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    offloader = None if config is None else ssdtrain.attach(model, config)
+    offloader = None if config is None else attach_with(model, config, parts)
     losses, every_gradient, parameters, stats = [], [], [], []
     try:
         for number in range(steps):

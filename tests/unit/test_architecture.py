@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 70
 # An import points to an earlier line only. A name stands for the module or for the whole folder.
 LAYERS = [
     ["errors", "frames", "units", "version"],
-    ["config", "identity", "streams", "stats", "account"],
+    ["config", "deadlines", "identity", "streams", "stats", "account"],
     ["profile", "planner", "projection"],
     ["storage", "policy", "schedule", "summary"],
     ["transfer", "failures", "preflight"],

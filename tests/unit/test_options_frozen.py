@@ -19,6 +19,8 @@ OPTIONS = [
     "prefetch_bytes",
     "io_engine",
     "io_threads",
+    "io_timeout_seconds",
+    "verify",
     "checkpointing",
     "stats_path",
 ]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.units import format_bytes
 
 __all__ = ["SOURCE", "add_flags", "options_of"]
 
@@ -17,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = "the --ssdtrain flags"
 _SWITCH = "enabled"  # the option that `--ssdtrain` itself is
+_PATHS = ("paths", "stats_path")  # text, also where it looks like a number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,9 +39,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument(
             f"--ssdtrain-{name.replace('_', '-')}",
             nargs="+" if name == "paths" else None,
-            type=_reader(name),
+            type=str if name in _PATHS else _read_value,
             metavar=_metavar(name, field.annotation),
-            help=f"{field.description} Default: {field.default or 'none'}.".replace("%", "%%"),
+            help=f"{field.description} Default: {_describe(name, field.default)}.".replace("%", "%%"),
         )
     if "--local_rank" not in known:
         # The `deepspeed` launcher adds it in this spelling; Megatron knows another one only.
@@ -51,16 +49,20 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _reader(name: str) -> Callable[[str], Any]:
-    """Get what reads the text of a flag: directories are text, everything else a number or a word."""
-    return str if name in ("paths", "stats_path") else _read_scalar
+def _read_value(text: str) -> int | float | str:
+    """Read a number where the text is one. All else stays text; the option table says what was expected."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
-def _read_scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text  # the option table says what was expected
+def _describe(name: str, default: object) -> str:
+    if default is None or default == ():
+        return "none"
+    return format_bytes(default) if isinstance(default, int) and name.endswith("_bytes") else str(default)
 
 
 def _metavar(name: str, annotation: Any) -> str:
@@ -79,12 +81,16 @@ def options_of(args: argparse.Namespace) -> dict[str, Any] | None:
 
     Returns:
         Option names and values as in the table, or None without ``--ssdtrain``.
+
+    Raises:
+        ConfigError: There are options, but no ``--ssdtrain``; all are listed.
     """
     given = {name: getattr(args, f"ssdtrain_{name}", None) for name in OffloadConfig.model_fields if name != _SWITCH}
     options = {name: value for name, value in given.items() if value is not None}
     if getattr(args, "ssdtrain", False):
         return options
     if options:
-        names = ", ".join(f"`--ssdtrain-{name.replace('_', '-')}`" for name in options)
-        logger.warning("%s: ignored without `--ssdtrain`", names)
+        flags = [f"`--ssdtrain-{name.replace('_', '-')}`" for name in options]
+        problems = [f"{flag}: does nothing without `--ssdtrain`" for flag in flags]
+        raise ConfigError(SOURCE, problems, hint="add `--ssdtrain`, or leave the flags above out")
     return None

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _BACKWARD_STEPS = ("backward_step", "backward_step_multimodule")
 _OWNER = "_ssdtrain_owner"
+_FIRST = 0, 0  # virtual stage and number of the micro-batch that begins a step under every schedule
 
 Function = Callable[..., Any]
 
@@ -126,7 +127,8 @@ class MegatronOffload:
         if self.offloader is None or self._passes is None:
             self.offloader = self._build(chunks)
             self._passes = ScheduledPasses(self.offloader.hooks)
-        for chunk in news:
+        for chunk in chunks:
+            # Each time: a distributed optimizer may have moved the parameters into its own buffer since.
             # Megatron's DDP has a list where other modules have the method `buffers`.
             buffers = (buffer for _, buffer in chunk.named_buffers())
             self.offloader.cache.keep_resident((*chunk.parameters(), *buffers))
@@ -146,11 +148,11 @@ class MegatronOffload:
     # ------------------------------------------------------------------ a pass
 
     def _forward(self, inner: Function, *args: Any, **kwargs: Any) -> Any:
+        slot = kwargs.get("vp_stage") or 0, kwargs.get("current_microbatch")
         if self._is_training is None and torch.is_grad_enabled():
-            self._begin_unknown(kwargs["model"] if "model" in kwargs else args[2])
+            self._begin_unknown(kwargs["model"] if "model" in kwargs else args[2], slot)
         elif not self._is_training:
             return inner(*args, **kwargs)
-        slot = kwargs.get("vp_stage") or 0, kwargs.get("current_microbatch")
         with self._known_passes().forward(slot, offers_all=not self._has_regions):
             result = inner(*args, **kwargs)
         output = result[0]
@@ -158,12 +160,15 @@ class MegatronOffload:
         self._slots[id(output)] = slot, output
         return result
 
-    def _begin_unknown(self, model: nn.Module | list[nn.Module]) -> None:
+    def _begin_unknown(self, model: nn.Module | list[nn.Module], slot: tuple[int, int | None]) -> None:
         """Prepare for a schedule that is not Megatron's, or was imported before its place was taken."""
         offloader, passes = self._prepare(model)
-        if offloader.cache.num_microbatches and offloader.cache.is_idle():
-            offloader.end_step()
-            self._slots.clear()
+        if slot == _FIRST:
+            self._slots.clear()  # what a step left that was given up in the middle
+        # Between two micro-batches of one step nothing may be alive either, so the number tells, where there is one.
+        if slot == _FIRST or (slot[1] is None and offloader.cache.is_idle()):
+            if offloader.cache.num_microbatches:
+                offloader.end_step()
         passes.forget_order()
 
     def _known_passes(self) -> ScheduledPasses:

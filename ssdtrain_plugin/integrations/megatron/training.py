@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.integrations.megatron.arguments import SOURCE, add_flags, options_of
 from ssdtrain_plugin.integrations.megatron.refusals import refuse
 from ssdtrain_plugin.integrations.megatron.takeover import MegatronOffload, enabled
@@ -88,14 +89,20 @@ def prepare_script(arguments: Any) -> None:
 
 
 def _arm(training: Any) -> None:
-    """Have Megatron's training loop call :func:`enable` before it builds a model."""
+    """Have Megatron's training loop call :func:`enable` before it builds a model.
+
+    Flags that cannot be obeyed end the process with the message alone, as argparse does.
+    """
     inner = training.setup_model_and_optimizer
     if getattr(inner, _IS_ARMED, False):
         return
 
     @functools.wraps(inner)
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-        enable(training.get_args())
+        try:
+            enable(training.get_args())
+        except ConfigError as error:
+            sys.exit(f"ssdtrain: {error}")
         return inner(*args, **kwargs)
 
     setattr(setup_model_and_optimizer, _IS_ARMED, True)
