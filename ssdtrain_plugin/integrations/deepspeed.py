@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import base64
 import difflib
+import functools
 import inspect
 import itertools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,9 @@ from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_ch
 from ssdtrain_plugin.integrations.lookahead import Pass, ScheduledPasses
 from ssdtrain_plugin.preflight import check, find_local_rank
 from ssdtrain_plugin.runtime import Offloader, build, make_audible
+from ssdtrain_plugin.stats import StepStats
+from ssdtrain_plugin.summary import metrics_of
+from ssdtrain_plugin.trace import Trace
 
 __all__ = ["initialize", "offloader_of", "read_block"]
 
@@ -174,6 +179,9 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
         lookahead_events=1 if isinstance(engine, PipelineEngine) else 0,
     )
     module = engine.module
+    offloader.name_layers(module)
+    if is_speaker and engine.monitor.enabled:
+        offloader.on_step(functools.partial(_write_events, engine.monitor, weakref.ref(engine)))
     offloader.cache.keep_resident((*module.parameters(), *module.buffers()))
     if isinstance(engine, PipelineEngine):
         _wrap_pipeline(engine, offloader)
@@ -184,6 +192,13 @@ def _attach(engine: Any, config: OffloadConfig) -> None:
     _detach_with(engine, offloader)
     setattr(engine, _ATTRIBUTE, offloader)
     offloader.on_detach(lambda: engine.__dict__.pop(_ATTRIBUTE, None))
+
+
+def _write_events(monitor: Any, engine: weakref.ref[Any], stats: StepStats) -> None:
+    """Write the numbers of a step where the user has DeepSpeed write its own, over the same samples."""
+    alive = engine()
+    if alive is not None:
+        monitor.write_events([(name, value, alive.global_samples) for name, value in metrics_of(stats).items()])
 
 
 def _end_steps_with(engine: Any, method: str, offloader: Offloader) -> None:
@@ -248,6 +263,8 @@ def _wrap_pipeline(engine: Any, offloader: Offloader) -> None:
             instructions[kind] = _forward_instruction(instructions[kind], passes)
         elif issubclass(kind, ds_schedule.BackwardPass):
             instructions[kind] = _backward_instruction(instructions[kind], passes)
+        elif offloader.hooks.trace is not None:
+            instructions[kind] = _other_instruction(instructions[kind], kind.__name__, offloader.hooks.trace)
     shadow(engine, "_train_schedule", train_schedule, offloader)
     shadow(engine, "_INSTRUCTION_MAP", instructions, offloader)
     _end_steps_with(engine, "train_batch", offloader)
@@ -275,3 +292,12 @@ def _backward_instruction(inner: Instruction, passes: ScheduledPasses) -> Instru
             inner(engine, **kwargs)
 
     return backward_pass
+
+
+def _other_instruction(inner: Instruction, name: str, trace: Trace) -> Instruction:
+    def instruction(engine: Any, **kwargs: Any) -> None:
+        begin = trace.clock()
+        inner(engine, **kwargs)
+        trace.instruction(name, begin)
+
+    return instruction

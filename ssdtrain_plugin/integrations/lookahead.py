@@ -85,7 +85,9 @@ class ScheduledPasses:
         self._expect()
 
     def _check(self, present: Pass) -> None:
-        """Give the schedule up if it says something else."""
+        """Give the schedule up if it says something else; tell the trace the name of what runs."""
+        if self._hooks.trace is not None:
+            self._hooks.trace.name_pass(present.slot)
         if self._passes[self._position : self._position + 1] != [present]:
             self.forget_order()
 

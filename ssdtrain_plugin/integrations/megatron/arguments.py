@@ -6,11 +6,10 @@ import argparse
 from typing import Any, Literal, get_args, get_origin
 
 from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.units import format_bytes
 
 __all__ = ["SOURCE", "add_flags", "options_of"]
-
-logger = logging.getLogger(__name__)
 
 SOURCE = "the --ssdtrain flags"
 _SWITCH = "enabled"  # the option that `--ssdtrain` itself is

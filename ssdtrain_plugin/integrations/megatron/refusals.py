@@ -9,7 +9,8 @@ from ssdtrain_plugin.errors import ConfigError
 
 __all__ = ["refuse"]
 
-# These modules throw their output away with `resize_(0)`, while its store may be running.
+# All users of CheckpointWithoutOutput up to 0.19: it throws their output away with `resize_(0)`, while its store may
+# be running.
 _FREEING_MODULES = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
 
 
@@ -41,6 +42,7 @@ def _frees(module: str) -> _Refusal:
 
 
 def _recurses(get: Callable[[str], Any]) -> bool:
+    # The bias is returned out of the checkpoint, so what leads to it in backward is the checkpoint itself, again.
     # The flag is `--disable-bias-linear`; in the config it is `add_bias_linear`.
     return _selects("mlp")(get) and get("add_bias_linear") is not False
 
@@ -54,8 +56,8 @@ _REFUSALS = (
     *(_frees(module) for module in _FREEING_MODULES),
     _Refusal(
         _recurses,
-        "--recompute-modules mlp: with biases Megatron's backward calls itself without end (expected without `mlp`, or "
-        "with `--disable-bias-linear`)",
+        "--recompute-modules mlp: with biases Megatron's own backward calls itself until memory is used up (expected "
+        "without `mlp`, or with `--disable-bias-linear`)",
     ),
     _Refusal(
         lambda get: bool(get("fine_grained_activation_offloading")),
@@ -74,8 +76,8 @@ _REFUSALS = (
     ),
     _Refusal(
         _uses_graphs,
-        "CUDA graphs: what a graph saves is seen once, when it is captured (expected without `--cuda-graph-impl` and "
-        "`--enable-cuda-graph`)",
+        "CUDA graphs: what a graph saves is seen only once, when it is captured (expected `--cuda-graph-impl none`, "
+        "without `--enable-cuda-graph` and `--external-cuda-graph`)",
     ),
     _Refusal(
         lambda get: bool(get("moe_paged_stash")),

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, make_viewless_tensor
 from torch import nn
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import StateError
 from ssdtrain_plugin.hooks import active_hooks
 from ssdtrain_plugin.integrations.lookahead import ScheduledPasses
+from ssdtrain_plugin.integrations.megatron.metrics import write_metrics
 from ssdtrain_plugin.integrations.megatron.order import SCHEDULES, passes_of
 from ssdtrain_plugin.integrations.megatron.refusals import refuse
 from ssdtrain_plugin.integrations.megatron.regions import describe_regions, offers_regions_only
@@ -127,7 +128,8 @@ class MegatronOffload:
         if self.offloader is None or self._passes is None:
             self.offloader = self._build(chunks)
             self._passes = ScheduledPasses(self.offloader.hooks)
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
+            self.offloader.name_layers(chunk, f"chunk{number}" if len(chunks) > 1 else "")
             # Each time: a distributed optimizer may have moved the parameters into its own buffer since.
             # Megatron's DDP has a list where other modules have the method `buffers`.
             buffers = (buffer for _, buffer in chunk.named_buffers())
@@ -143,7 +145,11 @@ class MegatronOffload:
         speaks = _speaks(rank)
         line = describe_regions(get_model_config(chunks[0]), self._config)
         logger.log(logging.INFO if speaks else logging.DEBUG, "ssdtrain: rank %d: %s", rank, line)
-        return build(self._config, device=device, rank=rank, speaks=speaks, ends_steps_itself=False, lookahead_events=1)
+        offloader = build(
+            self._config, device=device, rank=rank, speaks=speaks, ends_steps_itself=False, lookahead_events=1
+        )
+        offloader.on_step(write_metrics)
+        return offloader
 
     # ------------------------------------------------------------------ a pass
 
@@ -191,6 +197,10 @@ class MegatronOffload:
         is_ours = self.offloader is not None and hooks is self.offloader.hooks and self._has_regions
         # Megatron's way is reentrant: without an input that wants a gradient, nothing in the region gets one.
         if hooks is None or not is_ours or not any(torch.is_tensor(arg) and arg.requires_grad for arg in args):
+            if hooks is not None and distribute_saved_activations and args[0].is_leaf:
+                # Megatron cuts this tensor, and backward makes the one whole that it gets back from autograd: the
+                # same object without us. A leaf, such as a stage's input, has to be whole to get its gradient.
+                args = (make_viewless_tensor(args[0].view_as(args[0]), True, True), *args[1:])
             return inner(function, distribute_saved_activations, *args)
         with hooks.region():
             return function(*args)

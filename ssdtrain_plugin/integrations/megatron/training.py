@@ -19,7 +19,6 @@ from ssdtrain_plugin.preflight import check, find_local_rank, prepare
 __all__ = ["add_args", "enable", "prepare_script"]
 
 _TRAINING = "megatron.training.training"
-_ARGUMENTS = "megatron.training.arguments"
 _IS_ARMED = "_ssdtrain_is_armed"
 
 
