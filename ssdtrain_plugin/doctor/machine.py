@@ -1,4 +1,4 @@
-"""What the machine allows this process: memory, locks, huge pages, system calls, files."""
+"""What the machine allows this process: memory, locks, huge pages, system calls, files; and the hosts on it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ssdtrain_plugin.doctor.accelerators import gpu_finding, visible_gpus
 from ssdtrain_plugin.doctor.findings import PROC_ROOT, SYS_ROOT, Finding, chosen_word, first_line, unknown
+from ssdtrain_plugin.doctor.packages import apex_finding, megatron_finding
 from ssdtrain_plugin.storage.memory_limit import host_memory
 from ssdtrain_plugin.units import GIB, TIB, format_bytes
 
@@ -46,6 +47,8 @@ def examine_machine(*, proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT) -
         locked_memory_finding(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
         file_limit_finding(resource.getrlimit(resource.RLIMIT_FSIZE)[0], resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         io_uring_finding(proc_root),
+        megatron_finding(),
+        apex_finding(),
     )
 
 

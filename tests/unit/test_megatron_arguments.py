@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from ssdtrain_plugin.config import OffloadConfig  # noqa: E402
-from ssdtrain_plugin.errors import ConfigError  # noqa: E402
-from ssdtrain_plugin.integrations.megatron import add_args  # noqa: E402
-from ssdtrain_plugin.integrations.megatron.arguments import SOURCE, add_flags, options_of  # noqa: E402
-from ssdtrain_plugin.preflight import check  # noqa: E402
-from ssdtrain_plugin.units import GIB, KIB, MIB  # noqa: E402
+from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.integrations.megatron import add_args
+from ssdtrain_plugin.integrations.megatron.arguments import SOURCE, add_flags, options_of
+from ssdtrain_plugin.preflight import check
+from ssdtrain_plugin.units import GIB, KIB, MIB
 
 pytestmark = pytest.mark.megatron
 
@@ -32,7 +32,10 @@ EXAMPLES = {
     "verify": ("checksum", "checksum"),
     "checkpointing": ("recompute", "recompute"),
     "stats_path": ("7", "7"),
+    "trace_steps": ("3", 3),
 }
+# What some options do nothing without.
+COMPANIONS = {"offload_fraction": {"policy": "fraction"}, "trace_steps": {"stats_path": "/tmp"}}
 
 
 def flag(name):
@@ -53,7 +56,7 @@ def parse(*words):
 def test_every_option_has_a_flag_and_every_flag_an_option():
     given = {text for text in parser_with(add_flags)._option_string_actions if text.startswith("--ssdtrain")}
     assert given == {"--ssdtrain", *map(flag, NAMES)}
-    assert set(EXAMPLES) == set(NAMES)
+    assert set(NAMES) <= set(EXAMPLES), "a new option wants an example here"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,9 +64,8 @@ def test_the_table_understands_what_the_flag_reads(name):
     text, value = EXAMPLES[name]
     options = options_of(parse("--ssdtrain", flag(name), *text.split()))
     assert set(options) == {name}
-    rest = {} if name == "paths" else {"paths": ("/mnt/nvme0",)}
-    rest |= {"policy": "fraction"} if name == "offload_fraction" else {}
-    assert getattr(OffloadConfig(**rest, **options), name) == value
+    others = {"paths": ("/mnt/nvme0",)} | COMPANIONS.get(name, {})
+    assert getattr(OffloadConfig(**(others | options)), name) == value
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,12 @@ def test_help_says_of_every_option_what_it_means_and_its_default():
         assert " ".join(OffloadConfig.model_fields[name].description.split()) in text, name
     for words in ("Default: 2.0 GiB.", "Default: 1.0 MiB.", "Default: 0 B.", "Default: none.", "Default: adaptive."):
         assert words in text
-    for metavar in ("DIRECTORY [DIRECTORY ...]", "{adaptive,all,fraction,none}", "-host-bytes BYTES", "-threads THREADS"):
+    for metavar in (
+        "DIRECTORY [DIRECTORY ...]",
+        "{adaptive,all,fraction,none}",
+        "-host-bytes BYTES",
+        "-threads THREADS",
+    ):
         assert metavar in text
 
 
@@ -167,13 +174,13 @@ def test_nothing_is_switched_on_without_the_switch():
     assert options_of(argparse.Namespace()) is None
 
 
-def test_flags_without_the_switch_are_warned_of(caplog):
-    assert options_of(parse("--ssdtrain-paths", "/mnt/nvme0", "--ssdtrain-io-threads", "2")) is None
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert record.getMessage() == "`--ssdtrain-paths`, `--ssdtrain-io-threads`: ignored without `--ssdtrain`"
-
-
-def test_with_the_switch_nothing_is_warned_of(caplog):
-    options_of(parse("--ssdtrain", "--ssdtrain-paths", "/mnt/nvme0"))
-    assert not caplog.records
+def test_flags_without_the_switch_are_refused_by_name():
+    args = parse("--ssdtrain-paths", "/mnt/nvme0", "--ssdtrain-io-threads", "2")
+    with pytest.raises(ConfigError) as caught:
+        options_of(args)
+    assert str(caught.value) == (
+        "2 problems in the --ssdtrain flags:\n"
+        "  `--ssdtrain-paths`: does nothing without `--ssdtrain`\n"
+        "  `--ssdtrain-io-threads`: does nothing without `--ssdtrain`\n"
+        "\nhint: add `--ssdtrain`, or leave the flags above out"
+    )

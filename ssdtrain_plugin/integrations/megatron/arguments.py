@@ -13,7 +13,7 @@ __all__ = ["SOURCE", "add_flags", "options_of"]
 
 SOURCE = "the --ssdtrain flags"
 _SWITCH = "enabled"  # the option that `--ssdtrain` itself is
-_PATHS = ("paths", "stats_path")  # text, also where it looks like a number
+_PATHS = ("path", "paths")  # endings of options that are text, also where it looks like a number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument(
             f"--ssdtrain-{name.replace('_', '-')}",
             nargs="+" if name == "paths" else None,
-            type=str if name in _PATHS else _read_value,
+            type=str if name.endswith(_PATHS) else _read_value,
             metavar=_metavar(name, field.annotation),
             help=f"{field.description} Default: {_describe(name, field.default)}.".replace("%", "%%"),
         )

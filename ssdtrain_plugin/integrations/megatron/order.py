@@ -42,8 +42,7 @@ def passes_of(schedule: str, arguments: Mapping[str, Any]) -> list[Pass]:
         rank, size = _stage(communicator)
         return _alternate(slots, slots, size - rank - 1)
     chunks = arguments["model"]
-    config = get_model_config(chunks[0])
-    group = config.microbatch_group_size_per_vp_stage or _stage(communicator)[1]
+    group = get_model_config(chunks[0]).microbatch_group_size_per_vp_stage
     _, _, num_warmup, _ = schedules.get_pp_rank_microbatches(count, len(chunks), group, p2p_communicator=communicator)
     table = schedules.get_schedule_table(count, len(chunks), group)
     forwards = [(chunk, number) for number, chunk in table]

@@ -210,7 +210,8 @@ def _speaks(rank: int) -> bool:
     """One voice per stage: its other tensor- and data-parallel ranks have the same to say."""
     if not parallel_state.model_parallel_is_initialized():
         return rank == 0
-    return not (parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank())
+    data_parallel_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return not (parallel_state.get_tensor_model_parallel_rank() or data_parallel_rank)
 
 
 def enabled() -> MegatronOffload | None:
