@@ -16,6 +16,7 @@ MEGATRON_017 := .cache/megatron-0.17
 
 export PATH := $(BIN):$(PATH)
 export XDG_CACHE_HOME := $(CURDIR)/.cache
+export XDG_STATE_HOME := $(CURDIR)/.cache/state
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
@@ -32,10 +33,10 @@ export HOME := $(CURDIR)/.cache/home
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test megatron lint type format docs bench clean compiler
+.PHONY: help install demo test test-faults soak megatron lint type format docs bench clean compiler
 
 help: ## Print this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)"
 
 install: $(STAMP) ## Create .venv with torch, DeepSpeed, megatron-core, the plugin and the developer's tools.
@@ -79,6 +80,12 @@ test: compiler lint type megatron ## Lint, types and all tests in random order.
 	@$(BIN)/python tools/build_aio.py
 	@$(BIN)/python -m pytest -p randomly $(PYTEST_ARGS)
 
+test-faults: compiler $(STAMP) ## Run every fault under every host, write the table of docs/operations.md (ten minutes).
+	@$(BIN)/python tools/fault_table.py
+
+soak: compiler $(STAMP) ## Train 2,000 steps under faults at random: equal to the last bit, nothing grows (ten minutes).
+	@$(BIN)/python tools/soak.py
+
 lint: $(STAMP) ## Check style and format.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -93,12 +100,14 @@ format: $(STAMP) ## Rewrite the sources in the project's format.
 docs: $(STAMP) ## Write the option table of the user guide again from the config.
 	@$(BIN)/python tools/option_table.py
 
-bench: $(STAMP) ## Measure hooks, engines, a training step and the policies, on BENCH_PATH (half an hour).
+bench: $(STAMP) ## Measure hooks, engines, a training step, the policies and the peers, on BENCH_PATH (an hour).
 	@mkdir -p $(BENCH_PATH)
 	@$(BIN)/ssdtrain bench hooks
 	@$(BIN)/ssdtrain bench io $(BENCH_PATH)
 	@$(BIN)/ssdtrain bench step $(BENCH_PATH)
 	@$(BIN)/ssdtrain bench adapt $(BENCH_PATH) --output $(BENCH_PATH)
+	@$(BIN)/ssdtrain bench rok $(BENCH_PATH) --quick --output $(BENCH_PATH)
+	@$(BIN)/ssdtrain bench scale $(BENCH_PATH) --output $(BENCH_PATH)
 
 clean: ## Remove the environment, the caches and built files.
 	@rm -rf .venv .venv-megatron .cache .hypothesis build dist *.egg-info

@@ -283,7 +283,7 @@ class TensorCache:
         record.data_pointer = storage.data_ptr()
         work = partial(record.write, tier, extent, storage, self._streams.record())
         finish, lane = partial(self._on_stored, record, tier), lane_of(tier, extent)
-        transfer = Transfer(Direction.STORE, nbytes, work, finish, lane, tier.path_of(extent))
+        transfer = Transfer(Direction.STORE, nbytes, work, finish, lane, tier.path_of(extent), record.serial)
         with self._lock:
             try:
                 self._queue.submit(transfer)  # its end waits for the lock

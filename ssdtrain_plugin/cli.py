@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from ssdtrain_plugin.cli_bench import bench, size_in_bytes
 from ssdtrain_plugin.cli_plan import plan
+from ssdtrain_plugin.cli_report import report
 from ssdtrain_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command("plan")(plan)
+app.command("report")(report)
 
 
 @app.callback()
@@ -46,10 +48,13 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML with a model's shape; predict its cost.")
     ] = None,
+    tbw: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Rated endurance of a drive, such as `600 TB`; tell its life.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Tell whether activations can be offloaded to directories, and how fast. Exits with 0 only if so."""
-    nbytes = size_in_bytes(size)
+    nbytes, rated_bytes = size_in_bytes(size), None if tbw is None else size_in_bytes(tbw)
     from ssdtrain_plugin.doctor import ModelShape, examine, examine_machine, predict  # torch
     from ssdtrain_plugin.doctor.rendering import directory_table, machine_table, prediction_table
 
@@ -69,7 +74,8 @@ def doctor(
     ) as progress:
         for path in paths:
             task = progress.add_task(escape(path), total=None)
-            diagnoses.append(examine(path, nbytes=nbytes, progress=partial(_advance, progress, task, path)))
+            tell = partial(_advance, progress, task, path)
+            diagnoses.append(examine(path, nbytes=nbytes, progress=tell, rated_bytes=rated_bytes))
     is_usable = all(diagnosis.is_usable for diagnosis in diagnoses)
     machine = examine_machine()
     rates = [diagnosis.bandwidth for diagnosis in diagnoses if diagnosis.bandwidth is not None]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -295,8 +296,125 @@ def bench_adapt(
     raise typer.Exit(0 if all(cell.summary.is_equal for cell in report.cells) else 1)
 
 
+@bench.command("rok")
+def bench_rok(
+    path: Annotated[str, typer.Argument(help="A directory on the drive.")],
+    matrix: Annotated[
+        Path | None, typer.Argument(metavar="MATRIX.yaml", help="Stacks, sizes and rounds; see configs/bench/.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three small stacks, under ten minutes on two cores.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Directory for the JSON, the picture and a result file.")] = None,
+    name: Annotated[str, typer.Option(help="Of these files, without suffix.")] = "rok",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Compare keeping, recomputing, offloading and other tools: speed over memory. Exits with 1 if bits differ."""
+    if quick is (matrix is not None):
+        raise typer.BadParameter("MATRIX.yaml and --quick (expected one of them)")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for `step`
+    from ssdtrain_plugin.bench import rok, rok_report
+    from ssdtrain_plugin.bench.matrix import quick_matrix, read_matrix
+    from ssdtrain_plugin.integrations import deepspeed_peer
+
+    with _step_progress(1, is_shown=not as_json) as tell, contextlib.ExitStack() as stack:
+        chosen = quick_matrix() if matrix is None else read_matrix(matrix)
+        if output is not None:
+            rok_report.need_matplotlib()
+            output.mkdir(parents=True, exist_ok=True)
+        reason = deepspeed_peer.why_not(device)
+        offer = reason or stack.enter_context(deepspeed_peer.cpu_checkpointing())
+        others = {deepspeed_peer.NAME: offer}
+        report = rok.measure(chosen, path, device=device, others=others, on_step=tell, on_total=tell.expect)
+    text = json.dumps(rok.as_dict(report), indent=2)
+    if output is not None:
+        (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        rok_report.plot(report, output / f"{name}.png")
+        command = f"ssdtrain bench rok DRIVE {'--quick' if matrix is None else f'configs/bench/{matrix.name}'}"
+        command += "" if device == "cpu" else f" --device {device}"
+        today = datetime.now(timezone.utc).date().isoformat()
+        result = rok_report.markdown(report, command=command, date=today, picture=f"{name}.png")
+        (output / f"{name}.md").write_text(result, encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+    else:
+        _print_wide(table for run in report.runs for table in rok_report.tables_of(report, run))
+        for each in report.left_out:
+            typer.echo(f"left out: {each.name}: {each.reason}")
+        for run in report.runs:
+            for sentence, is_met in rok_report.verdicts(run):
+                typer.echo(f"{run.stack.name}: {'met' if is_met else 'MISSED'}: {sentence}")
+    raise typer.Exit(0 if report.is_equal else 1)
+
+
+@bench.command("scale")
+def bench_scale(
+    path: Annotated[str, typer.Argument(help="A directory on the drive.")],
+    records: Annotated[
+        list[int] | None, typer.Option(min=10, help="Live records; repeat it. By default 100 to 100000.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes on the drive at once, at most; 1, 2, 4 to it.")
+    ] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes that count, interleaved.")] = 3,
+    tensors: Annotated[int, typer.Option(min=1, help="Tensors that each rank saves a pass.")] = 128,
+    tensor_size: Annotated[str, typer.Option(help="Bytes of each of them.")] = "1 MiB",
+    output: Annotated[Path | None, typer.Option(help="Directory for scale.json and scale.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Measure what a saved tensor costs with many live records, and with several processes on one drive."""
+    tensor_bytes = size_in_bytes(tensor_size)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for `step`
+    from ssdtrain_plugin.bench.scale import DEFAULT_RECORDS, ScaleSettings, measure, plot, remarks, tables_of
+
+    settings = ScaleSettings(
+        path=path,
+        records=tuple(sorted(set(records or DEFAULT_RECORDS))),
+        ranks=ranks,
+        rounds=rounds,
+        tensors=tensors,
+        tensor_bytes=tensor_bytes,
+    )
+    with _step_progress(settings.num_steps, is_shown=not as_json) as tell:
+        report = measure(settings, on_step=tell)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            plot(report, output / "scale.png")
+    text = json.dumps(asdict(report), indent=2)
+    if output is not None:
+        (output / "scale.json").write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+        return
+    _print_wide(tables_of(report))
+    for remark in remarks(report):
+        typer.echo(remark)
+
+
+def _print_wide(tables: Iterable[Table]) -> None:
+    """Print tables in full; one fitted to a narrow terminal would lose digits."""
+    console = Console(highlight=False)
+    for table in tables:
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=400)).maximum)
+        console.print(table, soft_wrap=True)
+
+
+class _Bar:
+    """Moves a bar when it is told a step's name."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("preparing", total=total)
+
+    def __call__(self, name: str) -> None:
+        self._progress.update(self._task, description=escape(name), advance=1, refresh=True)
+
+    def expect(self, total: int) -> None:
+        """Say how many steps there will be, once that is known."""
+        self._progress.update(self._task, total=total)
+
+
 @contextlib.contextmanager
-def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[Callable[[str], None]]:
+def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[_Bar]:
     """Show a bar that moves when it is told a step's name; an error of ours ends the command with its text."""
     with Progress(
         TextColumn("{task.description}"),
@@ -306,9 +424,8 @@ def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[Callable[[str]
         transient=True,
         disable=not is_shown,
     ) as progress:
-        task = progress.add_task("preparing", total=num_steps)
         try:
-            yield lambda name: progress.update(task, description=name, advance=1, refresh=True)
+            yield _Bar(progress, num_steps)
         except OffloadError as error:
             progress.stop()
             typer.echo(str(error), err=True)

@@ -41,12 +41,21 @@ def _as_bytes(value: object) -> object:
     return value
 
 
+def _as_bool(value: object) -> object:
+    # A command line has only text.
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def _as_paths(value: object) -> object:
     if isinstance(value, str | Path):
         return (str(value),)
     if isinstance(value, list | tuple):
         return tuple(str(item) if isinstance(item, Path) else item for item in value)
     return value
+
+
+def _as_word(value: object) -> object:
+    return "off" if value is False else value  # what YAML makes of the word
 
 
 Directory = Annotated[str, Field(min_length=1)]
@@ -122,20 +131,43 @@ class OffloadConfig(BaseModel):
         description="A store that takes longer is given up and its tensor stays in memory; a load that takes longer "
         "stops training (seconds). Transfers of 1 GiB and more may take longer, one second for 16 MiB.",
     )
-    verify: Literal["off", "checksum"] = Field(
+    verify: Annotated[Literal["off", "checksum"], BeforeValidator(_as_word)] = Field(
         default="off",
         description="`checksum` hashes what is stored on a drive and compares at each load: bytes that come back wrong "
         "stop training instead of spoiling it. Costs a pass over the bytes in each direction.",
     )
+    zero_on_free: Annotated[bool, BeforeValidator(_as_bool)] = Field(
+        default=False,
+        description="Overwrite activations on a drive with zeros as soon as they are not needed any more, and what is "
+        "left at the end. Costs as much writing again. Not after SIGKILL.",
+    )
+    daily_write_limit: PositiveBytes | None = Field(
+        default=None,
+        description="Bytes that all runs of this user may write to one drive in one day (UTC), for example `2 TB`. "
+        "After that tensors stay in memory until the next day.",
+    )
+    rated_write_bytes: PositiveBytes | None = Field(
+        default=None,
+        description="Endurance of one drive by its data sheet (TBW), for example `600 TB`: `report()` then says how "
+        "long it lasts.",
+    )
     checkpointing: Literal["offload", "recompute"] = Field(
         default="offload",
-        description="What a region checkpointed with DeepSpeed's functions or `ssdtrain.checkpoint` means: `offload` "
-        "recomputes nothing, its saved tensors are offloaded; `recompute` recomputes it, its inputs are offloaded.",
+        description="What a region checkpointed by DeepSpeed's functions, by Megatron's `--recompute-granularity full` "
+        "or by `ssdtrain.checkpoint` means: `offload` recomputes nothing, its saved tensors are offloaded; `recompute` "
+        "recomputes it, its inputs are offloaded.",
     )
     stats_path: Directory | None = Field(
         default=None,
         description="Directory for one JSONL file of StepStats a rank, `rank<N>.jsonl`. `{local_rank}` and `{node}` "
         "are replaced.",
+    )
+    trace_steps: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Record the events of so many steps, after the first two, beside the statistics in "
+        "`rank<N>.trace.jsonl`, for `ssdtrain report`. Needs `stats_path`.",
     )
 
     SOURCE: ClassVar[str] = "the ssdtrain options"
@@ -202,8 +234,15 @@ class OffloadConfig(BaseModel):
             problems.append(
                 f"offload_fraction: does nothing with `policy: {self.policy}` (expected `policy: fraction`)"
             )
-        if self.disk_bytes is not None and not self.paths and self.host_bytes:
-            problems.append("disk_bytes: does nothing without `paths` (expected a directory on a drive)")
+        if not self.paths and self.host_bytes:
+            of_drives = ("disk_bytes", "zero_on_free", "daily_write_limit", "rated_write_bytes")
+            problems += [
+                f"{name}: does nothing without `paths` (expected a directory on a drive)"
+                for name in of_drives
+                if getattr(self, name)
+            ]
+        if self.trace_steps and self.stats_path is None:
+            problems.append("trace_steps: does nothing without `stats_path` (expected a directory)")
         return problems
 
     @classmethod

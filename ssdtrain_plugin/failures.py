@@ -79,7 +79,7 @@ class FailureLog:
         if not is_budget:
             # A budget that is used up frees itself; a drive that fails needs time.
             self._health[tier_name].failed(step)
-        self._count(cause, error, "the tensor stays in memory", counts)
+        self._count(cause, str(error), "the tensor stays in memory", counts)
 
     def survived(self, tier_name: str, error: StorageError, counts: Counter[str]) -> None:
         """Note a failure that a tier has made good: another attempt, or another drive, has moved the bytes.
@@ -91,13 +91,14 @@ class FailureLog:
         """
         cause, _ = _cause(tier_name, error)
         place = f"{cause} at {error.path}" if error.path else cause
-        self._count(place, error, "another attempt, or another drive, has moved the bytes", counts)
+        # Without the hint, which says what to do when the bytes are lost.
+        self._count(place, error.message, "another attempt, or another drive, has moved the bytes", counts)
 
-    def _count(self, cause: str, error: BaseException, outcome: str, counts: Counter[str]) -> None:
+    def _count(self, cause: str, problem: str, outcome: str, counts: Counter[str]) -> None:
         counts[cause] += 1
         if cause not in self._known_causes:
             self._known_causes.add(cause)
-            self._unsaid.append(f"{error}\n\n{outcome}, gradients are not affected; said once per cause")
+            self._unsaid.append(f"{problem}\n\n{outcome}, gradients are not affected; said once per cause")
 
     def say(self) -> None:
         """Log what :meth:`failed` prepared.

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.stats import StepStats
+from ssdtrain_plugin.trace import Trace
 
 __all__ = ["ModuleHooks", "SavedTensorHooks", "active_hooks", "checkpoint"]
 
@@ -45,6 +46,7 @@ class SavedTensorHooks:
     Attributes:
         end_step: Weak reference of what to call when a forward begins and no graph
             holds anything, or None.
+        trace: What records some steps, or None.
     """
 
     def __init__(self, cache: TensorCache, *, checkpointing: str) -> None:
@@ -52,6 +54,7 @@ class SavedTensorHooks:
         self.cache = cache
         self.checkpointing = checkpointing
         self.end_step: weakref.WeakMethod[Callable[[], StepStats]] | None = None
+        self.trace: Trace | None = None
 
     @contextlib.contextmanager
     def forward(self, *, offers_all: bool = True) -> Iterator[int | None]:
@@ -238,10 +241,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
         What ``function`` returns.
     """
     hooks, is_megatron = _active.get(), _has_megatron_form(function, args, kwargs)
-    if hooks is not None and hooks.checkpointing == "offload":
+    inputs = args[1:] if is_megatron else args
+    # Megatron's is reentrant: without an input that wants a gradient, nothing in the region gets one.
+    is_blind = is_megatron and not any(torch.is_tensor(value) and value.requires_grad for value in inputs)
+    if hooks is not None and hooks.checkpointing == "offload" and not is_blind:
         options = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-        inputs = args[1:] if is_megatron else args
-        return function(*inputs, **{name: value for name, value in kwargs.items() if name not in options})
+        with hooks.region():  # also where the host has all that is outside of regions kept
+            return function(*inputs, **{name: value for name, value in kwargs.items() if name not in options})
     if is_megatron:
         # Megatron's own restores the random states of its tensor-parallel regions too.
         return sys.modules[_MEGATRON_RANDOM].checkpoint(function, *args)

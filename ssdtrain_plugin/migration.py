@@ -208,7 +208,8 @@ class Migrator:
         """Queue a move; False if the queue is closed."""
         move = _Move(record, direction)
         # Its size is 0 for the budget of stores in flight: it holds no device memory.
-        transfer = Transfer(direction, 0, partial(self._run, move), partial(self._end, move), _LANE)
+        run, end = partial(self._run, move), partial(self._end, move)
+        transfer = Transfer(direction, 0, run, end, _LANE, serial=record.serial)
         try:
             self._queue.submit(transfer)  # its beginning waits for the lock
         except QueueClosedError:
@@ -217,11 +218,11 @@ class Migrator:
         self._moving_bytes[direction] += record.span.nbytes
         return True
 
-    def _run(self, move: _Move) -> None:
-        """Find a place and copy the bytes, in a worker: either may take long."""
+    def _run(self, move: _Move) -> DeviceEvent | None:
+        """Find a place and copy the bytes, in a worker: either may take long. None if nothing was copied."""
         with self._lock:
             if not self._is_worth_starting(move):
-                return
+                return None
             tier, extent = move.record.place()
         if move.direction is Direction.STORE:
             move.extent = self._drive.allocate(extent.nbytes)
@@ -234,6 +235,7 @@ class Migrator:
             if memory is not None:
                 tier.read(extent, memory, DeviceEvent()).synchronize()
         move.is_copied = memory is not None
+        return DeviceEvent() if move.is_copied else None
 
     def _is_wanted(self, move: _Move) -> bool:
         """Tell whether the record is still stored, and not about to be needed where it was."""

@@ -148,4 +148,6 @@ class Placer:
             step: Number of the present step.
         """
         tier = self._tiers.get(placement)
-        return tier if tier is not None and self.failures.is_usable(tier.name, step) else None
+        if tier is None or tier.is_at_write_limit:
+            return None
+        return tier if self.failures.is_usable(tier.name, step) else None

@@ -325,7 +325,8 @@ class Reloader:
         self._ledger.account.hold(extent.nbytes)
         work = partial(tier.read, extent, target, self._streams.record())
         finish = partial(self._on_loaded, record)
-        transfer = Transfer(Direction.LOAD, extent.nbytes, work, finish, lane_of(tier, extent), tier.path_of(extent))
+        lane, path = lane_of(tier, extent), tier.path_of(extent)
+        transfer = Transfer(Direction.LOAD, extent.nbytes, work, finish, lane, path, record.serial)
         record.load = transfer
         try:
             self._queue.submit(transfer, is_urgent=is_urgent)

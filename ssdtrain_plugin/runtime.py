@@ -27,18 +27,21 @@ from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.preflight import find_local_rank, prepare
 from ssdtrain_plugin.stats import StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Engine, Tier
-from ssdtrain_plugin.storage.engines import choose_engine, open_drive
+from ssdtrain_plugin.storage.engines import choose_engine, meter_of, open_drive
 from ssdtrain_plugin.storage.host import HostTier
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.retries import Retries
 from ssdtrain_plugin.storage.striped import StripedTier
 from ssdtrain_plugin.streams import Streams, create_streams
-from ssdtrain_plugin.summary import RunTotals, after_warm_up
+from ssdtrain_plugin.summary import RunTotals, after_warm_up, step_line
+from ssdtrain_plugin.trace import Trace
+from ssdtrain_plugin.tracing import TracedCache, TracedQueue
 from ssdtrain_plugin.transfer import TransferQueue
 
 __all__ = ["Offloader", "Parts", "attach", "attach_with", "build", "make_audible"]
 
 logger = logging.getLogger(__name__)
+_steps_logger = logging.getLogger("ssdtrain_plugin.steps")  # by itself, so that it can be switched on by itself
 
 # The first step pays for the extent file and the staging memory; the second shows
 # what the run will be like.
@@ -59,6 +62,7 @@ class Parts:
             :meth:`ssdtrain_plugin.storage.faulty.FaultPlan.wrap`.
         retries: How patient drives are with calls that fail.
         clock: Seconds, never going back: by it transfers are given up.
+        wall_clock: Seconds since 1970: by it the day of ``daily_write_limit`` ends.
     """
 
     wrap_drive: Callable[[Tier], Tier] = lambda tier: tier
@@ -66,6 +70,7 @@ class Parts:
     wrap_engine: Callable[[Engine], Engine] | None = None
     retries: Retries | None = None
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
 
 
 class Offloader:
@@ -106,6 +111,7 @@ class Offloader:
         self._speaks = speaks
         self._undo: list[Callable[[], None]] = []
         self._totals = RunTotals(rank)
+        self._on_step: list[Callable[[StepStats], None]] = []
         # Also runs at interpreter exit, so that no worker is inside a system call then.
         self._finalizer = weakref.finalize(self, _close, os.getpid(), queue, tuple(tiers.values()), arenas, writer)
 
@@ -116,6 +122,24 @@ class Offloader:
             undo: Called once by :meth:`detach`, last registered first.
         """
         self._undo.append(undo)
+
+    def on_step(self, tell: Callable[[StepStats], None]) -> None:
+        """Register who wants to know the numbers of every step.
+
+        Args:
+            tell: Called at the end of each step, in the thread that trains.
+        """
+        self._on_step.append(tell)
+
+    def name_layers(self, model: nn.Module, prefix: str = "") -> None:
+        """Tell the trace, if steps are recorded, the names of the layers.
+
+        Args:
+            model: Its modules are held weakly.
+            prefix: In front of each name.
+        """
+        if self.hooks.trace is not None:
+            self.hooks.trace.name_modules(model, prefix)
 
     def end_step(self) -> StepStats:
         """Close the account of the present step.
@@ -130,6 +154,10 @@ class Offloader:
         self._totals.add(stats)
         if self._writer is not None:
             self._writer.write(stats)
+        if self._speaks and _steps_logger.isEnabledFor(logging.DEBUG):
+            _steps_logger.debug("rank %d: %s", self._rank, step_line(stats))
+        for tell in self._on_step:
+            tell(stats)
         remark = self.cache.take_remark()
         if remark is not None:
             logger.log(logging.WARNING if self._speaks else logging.DEBUG, "rank %d: %s", self._rank, remark)
@@ -225,13 +253,10 @@ def build(
     if Placement.SSD in tiers:
         tiers[Placement.SSD] = parts.wrap_drive(tiers[Placement.SSD])
     policy = parts.policy or _create_policy(config, tiers, lookahead_events)
-    queue = TransferQueue(
-        io_threads=config.io_threads,
-        max_inflight_bytes=config.max_inflight_bytes,
-        timeout_seconds=config.io_timeout_seconds,
-        clock=parts.clock,
-    )
-    cache = TensorCache(
+    trace = _open_trace(config, rank, device)
+    queue = _create_queue(config, parts.clock, trace)
+    create_cache: Callable[..., TensorCache] = TensorCache if trace is None else partial(TracedCache, trace)
+    cache = create_cache(
         policy=policy,
         queue=queue,
         streams=streams,
@@ -243,6 +268,7 @@ def build(
     )
     writer = None if config.stats_path is None else StatsWriter(config.stats_path, rank)
     hooks = SavedTensorHooks(cache, checkpointing=config.checkpointing)
+    hooks.trace = trace
     offloader = Offloader(
         cache=cache,
         hooks=hooks,
@@ -286,13 +312,35 @@ def _build_tiers(
                 retries=parts.retries,
             )
             for path in config.paths:
-                drives.append(open_one(path))
-                opened.callback(drives[-1].close)
+                drive = open_one(path)
+                drives.append(drive)
+                opened.callback(drive.close)
+                drive.meter_writes(
+                    meter_of(path, config.daily_write_limit, config.rated_write_bytes, clock=parts.wall_clock)
+                )
+                if config.zero_on_free:
+                    drive.zero_what_is_freed()
             opened.pop_all()
         tiers[Placement.SSD] = drives[0] if len(drives) == 1 else StripedTier(drives)
     if config.host_bytes:
         tiers[Placement.HOST] = HostTier(config.host_bytes, streams=streams)
     return tiers, line
+
+
+def _open_trace(config: OffloadConfig, rank: int, device: torch.device) -> Trace | None:
+    if config.stats_path is None or not (config.trace_steps and config.enabled):
+        return None
+    return Trace(config.stats_path, rank, first_step=_WARM_UP_STEPS, num_steps=config.trace_steps, device=str(device))
+
+
+def _create_queue(config: OffloadConfig, clock: Callable[[], float], trace: Trace | None) -> TransferQueue:
+    create: Callable[..., TransferQueue] = TransferQueue if trace is None else partial(TracedQueue, trace)
+    return create(
+        io_threads=config.io_threads,
+        max_inflight_bytes=config.max_inflight_bytes,
+        timeout_seconds=config.io_timeout_seconds,
+        clock=clock,
+    )
 
 
 def make_audible(formatter: logging.Formatter | None = None) -> None:
@@ -389,5 +437,6 @@ def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], par
     offloader = build(config, device=_device_of(model), rank=rank, parts=parts)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))
+        offloader.name_layers(model)
         offloader.on_detach(ModuleHooks(model, offloader.hooks, offloader).remove)
     return offloader

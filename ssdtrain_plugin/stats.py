@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-__all__ = ["StatsWriter", "StepCounter", "StepStats"]
+from ssdtrain_plugin.errors import StorageError
+
+__all__ = ["StatsWriter", "StepCounter", "StepStats", "open_lines"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +101,46 @@ class StepCounter:
         return StepStats(step=step, rank=rank, plan=plan, **values)
 
 
+def open_lines(path: Path) -> IO[str]:
+    """Open a file of statistics for appending, in a directory that is created if it is missing.
+
+    A new file is readable by its owner only, and a link in its place is refused. What is
+    there already is appended to and keeps its mode.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        StorageError: It cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise StorageError(
+            f"cannot open the statistics: `{path}` ({error.strerror}, expected a file of our own)",
+            errno=error.errno,
+            path=str(path),
+            hint="name another directory in `stats_path`",
+        ) from error
+    return os.fdopen(fd, "a", encoding="utf-8")
+
+
 class StatsWriter:
     """Appends StepStats to ``<directory>/rank<N>.jsonl``, a line a step.
 
     Args:
         directory: Created if it is missing.
         rank: Global rank of the process.
+
+    Raises:
+        StorageError: The file cannot be opened, see :func:`open_lines`.
     """
 
     def __init__(self, directory: str, rank: int) -> None:
         """Open the file for appending."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] | None = (folder / f"rank{rank}.jsonl").open("a", encoding="utf-8")
+        self._file: IO[str] | None = open_lines(Path(directory) / f"rank{rank}.jsonl")
 
     def write(self, stats: StepStats) -> None:
         """Append one line and flush it, so that a killed run keeps its last step.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.units import format_bytes, format_seconds
 
-__all__ = ["RunTotals", "after_warm_up"]
+__all__ = ["RunTotals", "after_warm_up", "metrics_of", "step_line"]
 
 
 def after_warm_up(stats: StepStats) -> tuple[str, bool]:
@@ -32,6 +32,38 @@ def after_warm_up(stats: StepStats) -> tuple[str, bool]:
         f"training waited {format_seconds(stats.stall_seconds)}, "
         f"{stats.num_loads_on_demand} loads on demand{_failures(stats.failures)}"
     ), True
+
+
+def metrics_of(stats: StepStats) -> dict[str, float]:
+    """Choose what people who watch a run want to see, under the names that it has in TensorBoard and its like.
+
+    Args:
+        stats: Of a step.
+    """
+    names = (
+        "peak_activation_bytes",
+        "saved_bytes",
+        "stored_bytes",
+        "host_bytes",
+        "loaded_bytes",
+        "stall_seconds",
+        "num_loads_on_demand",
+    )
+    return {f"Train/ssdtrain/{name}": getattr(stats, name) for name in names}
+
+
+def step_line(stats: StepStats) -> str:
+    """Say in one line what a step moved and cost.
+
+    Args:
+        stats: Of the step.
+    """
+    return (
+        f"step {stats.step}: activations peak {format_bytes(stats.peak_activation_bytes)} instead of "
+        f"{format_bytes(stats.saved_bytes)}; stored {format_bytes(stats.stored_bytes)}, "
+        f"to host memory {format_bytes(stats.host_bytes)}, loaded {format_bytes(stats.loaded_bytes)}; "
+        f"waited {format_seconds(stats.stall_seconds)}, {stats.num_loads_on_demand} loads on demand"
+    )
 
 
 def _percent(stats: StepStats) -> str:

@@ -68,6 +68,7 @@ class Transfer(Abandonable):
             lock held; not called when the transfer is cancelled.
         lane: Which drive, or other place, the bytes go to or come from.
         path: The same for messages, or None.
+        serial: Of the record, for the trace.
 
     Attributes:
         state: Written under the queue's lock.
@@ -76,7 +77,9 @@ class Transfer(Abandonable):
         seconds: How long ``work`` took.
     """
 
-    __slots__ = ("_finish", "_work", "direction", "error", "event", "lane", "nbytes", "path", "seconds", "state")
+    __slots__ = (
+        "_finish", "_work", "direction", "error", "event", "lane", "nbytes", "path", "seconds", "serial", "state",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -86,12 +89,14 @@ class Transfer(Abandonable):
         finish: Callable[[Transfer], None],
         lane: Hashable = None,
         path: str | None = None,
+        serial: int = -1,
     ) -> None:
         """Describe the work; nothing runs yet."""
         super().__init__()
         self.direction = direction
         self.lane = lane
         self.path = path
+        self.serial = serial
         self.nbytes = nbytes
         self._work: Callable[[], DeviceEvent | None] | None = work
         self._finish: Callable[[Transfer], None] | None = finish

@@ -55,6 +55,14 @@ def leaves_nothing_behind():
     assert not left, f"extent files still open after the test: {', '.join(left)}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_its_own(tmp_path_factory):
+    """Keep what tests write to drives out of the records of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 def _mounts():
     return {line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()}
 

@@ -35,7 +35,7 @@ def describe_type(name: str, field: FieldInfo) -> str:
         return "true or false"
     if get_origin(field.annotation) is tuple:
         return "a directory, or a list of one"
-    if name.endswith("_bytes"):
+    if name.endswith(("_bytes", "_write_limit")):
         return "size in bytes, or text"
     if name.endswith("_path"):
         return "a directory"

@@ -30,6 +30,7 @@ from ssdtrain_plugin.storage.memory import memory_at
 from ssdtrain_plugin.units import KIB
 
 __all__ = [
+    "Around",
     "Door",
     "StepResult",
     "Strategy",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 _LEARNING_RATE = 0.01
+
+Around = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class Workload(Protocol):
@@ -65,13 +68,15 @@ class Door(nn.Module):
     Args:
         model: Of the workload.
         run_layer: How this strategy calls a layer.
+        around: Makes a context to enter around each forward.
     """
 
-    def __init__(self, model: nn.Module, run_layer: CallLayer) -> None:
+    def __init__(self, model: nn.Module, run_layer: CallLayer, around: Around = contextlib.nullcontext) -> None:
         """Share the model."""
         super().__init__()
         self.model = model
         self._run_layer = run_layer
+        self._around = around
 
     def forward(self, batch: Tensor) -> Tensor:
         """Compute the loss.
@@ -79,7 +84,8 @@ class Door(nn.Module):
         Args:
             batch: As the workload gives it.
         """
-        loss: Tensor = self.model(batch, self._run_layer)
+        with self._around():
+            loss: Tensor = self.model(batch, self._run_layer)
         return loss
 
 
@@ -99,11 +105,16 @@ class Strategy:
         name: Unique among the strategies of a run.
         attach: Puts an offloader on the door and returns it, or does nothing and returns None.
         run_layer: Calls each layer; recomputation goes here.
+        around: Makes a context to enter around each forward; other people's hooks go here.
+        batches: In place of the workload's, for a micro-batch of its own; bits can then be
+            compared no more.
     """
 
     name: str
     attach: Callable[[nn.Module], Offloader | None] = leave_alone
     run_layer: CallLayer = call_layer
+    around: Around = contextlib.nullcontext
+    batches: Callable[[int], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +164,8 @@ class _Bench:
             for start, parameter in zip(self._start, self.parameters, strict=True):
                 parameter.copy_(start)
 
-    def step(self, name: str, door: nn.Module, offloader: Offloader | None, round_number: int) -> StepResult:
-        batches = self._workload.batches(round_number)
+    def step(self, strategy: Strategy, door: nn.Module, offloader: Offloader | None, round_number: int) -> StepResult:
+        batches = (strategy.batches or self._workload.batches)(round_number)
         self._optimizer.zero_grad(set_to_none=True)
         gc.collect()  # no strategy pays for the garbage of the one before it
         _finish(self.device)
@@ -171,7 +182,7 @@ class _Bench:
         seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return StepResult(
-            strategy=name,
+            strategy=strategy.name,
             round_number=round_number,
             seconds=seconds,
             user_seconds=after.ru_utime - before.ru_utime,
@@ -217,18 +228,20 @@ def _cheap_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attached(strategies: Sequence[Strategy], model: nn.Module) -> Iterator[list[tuple[str, Door, Offloader | None]]]:
+def _attached(
+    strategies: Sequence[Strategy], model: nn.Module
+) -> Iterator[list[tuple[Strategy, Door, Offloader | None]]]:
     """Give every strategy a door with its offloader on; take all off at the end, also when one cannot be attached."""
     with contextlib.ExitStack() as stack:
-        doors: list[tuple[str, Door, Offloader | None]] = []
+        doors: list[tuple[Strategy, Door, Offloader | None]] = []
         for strategy in strategies:
-            door = Door(model, strategy.run_layer)
+            door = Door(model, strategy.run_layer, strategy.around)
             offloader = strategy.attach(door)
             if offloader is not None:
                 stack.callback(offloader.detach)
                 # The bench ends a step; else each micro-batch of it would be one.
                 offloader.hooks.end_step = None
-            doors.append((strategy.name, door, offloader))
+            doors.append((strategy, door, offloader))
         yield doors
 
 

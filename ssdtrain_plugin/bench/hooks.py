@@ -30,7 +30,10 @@ from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
 from ssdtrain_plugin.transfer import TransferQueue
 
-__all__ = ["HookCost", "measure"]
+__all__ = ["IDENTITY", "HookCost", "Variant", "measure", "open_variants"]
+
+IDENTITY = "identity hooks"
+"""The variant that the others are compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class HookCost:
     Attributes:
         name: What was done with each saved tensor.
         median_microseconds: Of forward plus backward, per saved tensor.
-        over_identity_microseconds: The same, less the variant ``identity hooks``.
+        over_identity_microseconds: The same, less the variant :data:`IDENTITY`.
         rounds: How many times it was measured.
     """
 
@@ -96,29 +99,68 @@ def measure(*, num_tensors: int = 1000, rounds: int = 21, on_round: Callable[[],
     Returns:
         One entry a variant; the first is the run without hooks.
     """
+    with open_variants() as variants:
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for round_number in range(rounds + 1):
+            for name, variant in variants.items():
+                elapsed = variant.run(num_tensors)
+                if round_number:  # the first round warms caches and starts threads
+                    seconds[name].append(elapsed)
+            for variant in variants.values():
+                variant.end_step()
+            if on_round is not None:
+                on_round()
+    medians = {name: 1e6 * statistics.median(times) / num_tensors for name, times in seconds.items()}
+    return [HookCost(name, median, median - medians[IDENTITY], rounds) for name, median in medians.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One thing to do with saved tensors.
+
+    Attributes:
+        context: Makes what a forward runs in.
+        cache: Whose step is to be ended, or None.
+    """
+
+    context: Callable[[], contextlib.AbstractContextManager[object]]
+    cache: TensorCache | None = None
+
+    def run(self, num_tensors: int) -> float:
+        """Time one forward and backward of a chain.
+
+        Args:
+            num_tensors: That it saves; all are live at its turn.
+
+        Returns:
+            Seconds.
+        """
+        return _run(self.context, num_tensors)
+
+    def end_step(self) -> None:
+        """Close the books of the plugin, if it has any."""
+        if self.cache is not None:
+            self.cache.end_step(rank=0)
+
+
+@contextlib.contextmanager
+def open_variants() -> Iterator[dict[str, Variant]]:
+    """Make all variants ready; the first is the run without hooks, the second hooks that do nothing."""
     with contextlib.ExitStack() as stack:
         small = stack.enter_context(_cache(1.0, min_tensor_bytes=1 << 20))
         kept = stack.enter_context(_cache(0.0, min_tensor_bytes=1))
         moved = stack.enter_context(_cache(1.0, min_tensor_bytes=1))
-        variants: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
-            "no hooks": contextlib.nullcontext,
-            "identity hooks": lambda: saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
-            "kept: smaller than min_tensor_bytes": SavedTensorHooks(small, checkpointing="offload").forward,
-            "kept: by the policy": SavedTensorHooks(kept, checkpointing="offload").forward,
-            "offloaded: to a tier that moves nothing": SavedTensorHooks(moved, checkpointing="offload").forward,
+        yield {
+            "no hooks": Variant(contextlib.nullcontext),
+            IDENTITY: Variant(lambda: saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)),
+            "kept: smaller than min_tensor_bytes": _of_cache(small),
+            "kept: by the policy": _of_cache(kept),
+            "offloaded: to a tier that moves nothing": _of_cache(moved),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for round_number in range(rounds + 1):
-            for name, context in variants.items():
-                elapsed = _run(context, num_tensors)
-                if round_number:  # the first round warms caches and starts threads
-                    seconds[name].append(elapsed)
-            for cache in (small, kept, moved):
-                cache.end_step(rank=0)
-            if on_round is not None:
-                on_round()
-    medians = {name: 1e6 * statistics.median(times) / num_tensors for name, times in seconds.items()}
-    return [HookCost(name, median, median - medians["identity hooks"], rounds) for name, median in medians.items()]
+
+
+def _of_cache(cache: TensorCache) -> Variant:
+    return Variant(SavedTensorHooks(cache, checkpointing="offload").forward, cache)
 
 
 @contextlib.contextmanager
@@ -150,4 +192,8 @@ def _run(context: Callable[[], contextlib.AbstractContextManager[object]], num_t
             chain.append(chain[-1].sin())
     loss = chain[-1].sum()
     loss.backward()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    # Now the list frees the chain, newest first. From its end alone torch would free it by recursion, since
+    # Python has seen `grad_fn` of each tensor, and some ten thousand nodes overflow the stack.
+    del loss
+    return seconds

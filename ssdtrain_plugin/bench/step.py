@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ssdtrain_plugin.bench.comparison import StrategySummary, summarize
 from ssdtrain_plugin.bench.harness import StepResult, Strategy, measure_memory, run_interleaved
-from ssdtrain_plugin.bench.models import Decoder, DecoderShape, library_text, recompute_layer
+from ssdtrain_plugin.bench.models import DecoderShape, create_stack, library_text, recompute_layer
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.runtime import Offloader, attach
 from ssdtrain_plugin.storage.memory import BLOCK_ALIGNMENT
@@ -177,17 +177,28 @@ class DecoderWorkload:
         self._microbatches = microbatches
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            self.model: nn.Module = Decoder(shape).to(device=device, dtype=shape.torch_dtype)
+            self.model: nn.Module = create_stack(shape).to(device=device, dtype=shape.torch_dtype)
         self._device = device
-        self._text = library_text(64 * microbatches * shape.microbatch * (shape.sequence + 1))
+        self._text = library_text(64 * microbatches * shape.microbatch * shape.row_tokens)
 
     def batches(self, round_number: int) -> Sequence[Tensor]:
-        """Give (microbatch, sequence + 1) int64 tokens for each micro-batch; see :class:`Workload`."""
-        rows, columns = self._shape.microbatch, self._shape.sequence + 1
-        span = rows * columns
-        first = round_number * self._microbatches
-        starts = [(first + number) * span % self._text.numel() for number in range(self._microbatches)]
-        return [self._text[start : start + span].view(rows, columns).to(self._device) for start in starts]
+        """Give (microbatch, row_tokens) int64 tokens for each micro-batch; see :class:`Workload`."""
+        return self.batches_of(self._shape.microbatch, round_number)
+
+    def batches_of(self, microbatch: int, round_number: int) -> Sequence[Tensor]:
+        """Give the micro-batches of a round in another size.
+
+        Args:
+            microbatch: Sequences of each.
+            round_number: From 0.
+        """
+        columns = self._shape.row_tokens
+        span, first = microbatch * columns, round_number * self._microbatches
+        # A copy each: a view would make the whole text a saved tensor.
+        places = [
+            torch.arange((first + number) * span, (first + number + 1) * span) for number in range(self._microbatches)
+        ]
+        return [self._text[place % self._text.numel()].view(microbatch, columns).to(self._device) for place in places]
 
 
 def strategy_names() -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from ssdtrain_plugin.doctor.drives import drive_findings, find_device, numa_node
 from ssdtrain_plugin.doctor.findings import PROC_ROOT, SYS_ROOT, Finding
 from ssdtrain_plugin.doctor.measurement import EXTENT_BYTES, Bandwidth, Progress, measure
 from ssdtrain_plugin.doctor.mounts import find_mount, mount_findings
+from ssdtrain_plugin.doctor.wear import wear_findings
 from ssdtrain_plugin.errors import StorageError
 from ssdtrain_plugin.storage.engines import choose_engine
 from ssdtrain_plugin.storage.probe import DirectoryReport, directory_problem, probe_directory
@@ -58,6 +59,7 @@ def examine(
     nbytes: int,
     threads: int = 4,
     progress: Progress | None = None,
+    rated_bytes: int | None = None,
     proc_root: Path = PROC_ROOT,
     sys_root: Path = SYS_ROOT,
 ) -> Diagnosis:
@@ -69,6 +71,7 @@ def examine(
             extents; at least one extent.
         threads: Transfers at once.
         progress: Told after every transfer.
+        rated_bytes: Endurance of a drive by its data sheet (TBW), or None.
         proc_root: Where ``/proc`` is.
         sys_root: Where ``/sys`` is.
     """
@@ -84,7 +87,7 @@ def examine(
         bandwidth = measure(path, extents, threads, progress or (lambda phase, done, total: None))
     except StorageError as error:
         return _unusable(path, error.message, directory)
-    findings = tuple(_findings(path, directory, proc_root, sys_root))
+    findings = tuple(_findings(path, directory, rated_bytes, proc_root, sys_root))
     engine, engine_reason = choose_engine("auto", training_device())
     rates = (
         f"{format_rate(bandwidth.write_bytes_per_second)} write, {format_rate(bandwidth.read_bytes_per_second)} read"
@@ -107,13 +110,16 @@ def _unusable(path: str, problem: str, directory: DirectoryReport | None) -> Dia
     return Diagnosis(path, False, problem, directory, None, None, "", (), f"not usable: {problem}")
 
 
-def _findings(path: str, directory: DirectoryReport, proc_root: Path, sys_root: Path) -> list[Finding]:
+def _findings(
+    path: str, directory: DirectoryReport, rated_bytes: int | None, proc_root: Path, sys_root: Path
+) -> list[Finding]:
     mount = find_mount(path, proc_root=proc_root)
     device = None if mount is None else find_device(mount, sys_root=sys_root)
     nodes = frozenset() if device is None else numa_nodes(device)
     return [
         *mount_findings(mount),
         *drive_findings(mount, device),
+        *wear_findings(path, device, rated_bytes),
         placement_finding(nodes, visible_gpus(), sys_root=sys_root),
         *_directory_findings(directory),
         gds_finding(training_device(), mount, proc_root=proc_root),
@@ -125,7 +131,7 @@ def _directory_findings(directory: DirectoryReport) -> list[Finding]:
     advice = None
     if not directory.supports_direct:
         advice = "bytes go through the page cache, and the rates below are those of host memory"
-    nameless = "yes" if directory.supports_tmpfile else "no; files are unlinked as soon as they are created"
+    nameless = "yes" if directory.supports_tmpfile else "no; a file has a name for a moment, in a directory of our own"
     limit_bytes = int(directory.free_bytes * _DEFAULT_FREE_FRACTION)
     space = f"{format_bytes(directory.free_bytes)} of {format_bytes(directory.total_bytes)}"
     return [

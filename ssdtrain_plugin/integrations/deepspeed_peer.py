@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 __all__ = ["NAME", "cpu_checkpointing", "why_not"]
@@ -15,13 +14,13 @@ NAME = "DeepSpeed cpu_checkpointing"
 """In the report."""
 
 
-def why_not(device: torch.device) -> str | None:
+def why_not(device: str) -> str | None:
     """Say why it cannot be compared here, or give None if it can.
 
     Args:
-        device: Where training runs.
+        device: Where training runs, as torch names it.
     """
-    if device.type == "cpu":
+    if not device.startswith("cuda"):
         # `copy_to_device(args, "cpu")` gives the tensor itself, and `get_cpu_activations_for_backward` empties it.
         return (
             "its copy to host memory is the tensor itself on a CPU, and it empties what it has copied: backward fails"

@@ -213,6 +213,11 @@ class Tier(ABC):
         """
         return None
 
+    @property
+    def is_at_write_limit(self) -> bool:
+        """Whether as much was written as may be today: no store should be tried before tomorrow."""
+        return False
+
     @abstractmethod
     def describe(self) -> str:
         """Say in one line where the bytes go and how, for the start-up log."""

@@ -28,12 +28,14 @@ from torch import Tensor
 from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
 from ssdtrain_plugin.storage.base import Engine, Extent, Rates, Tier
 from ssdtrain_plugin.storage.checksums import Checksums, Digest
+from ssdtrain_plugin.storage.eraser import Eraser
 from ssdtrain_plugin.storage.extent_file import FULL, ExtentFile, cannot_create
 from ssdtrain_plugin.storage.extents import round_up
 from ssdtrain_plugin.storage.posix import length_alignment
 from ssdtrain_plugin.storage.probe import DirectoryReport, probe_directory
 from ssdtrain_plugin.storage.retries import Attempts, Retries, ShortTransferError
 from ssdtrain_plugin.storage.tally import Tally
+from ssdtrain_plugin.storage.wear import DriveMeter
 from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.units import GIB, MIB, format_bytes
 
@@ -100,6 +102,29 @@ class DriveTier(Tier):
         self._checksums = Checksums() if has_checksums else None
         self._retries = retries or Retries()
         self._survived: deque[StorageError] = deque(maxlen=_MOST_SURVIVED)
+        self._eraser: Eraser | None = None
+        self._meter: DriveMeter | None = None
+
+    def zero_what_is_freed(self) -> None:
+        """Overwrite with zeros what is freed from now on, and at the end what is left. Before the first store."""
+        self._eraser = self._eraser or Eraser(self._file, count=self._count, on_end=self._close_engine_if_unused)
+
+    def meter_writes(self, meter: DriveMeter) -> None:
+        """Count what is written, and refuse stores at the limit of the day. Before the first store.
+
+        Args:
+            meter: Of the drive.
+        """
+        self._meter = meter
+
+    def _count(self, nbytes: int) -> None:
+        if self._meter is not None:
+            self._meter.add(nbytes)
+
+    @property
+    def is_at_write_limit(self) -> bool:
+        """Whether the limit of the day is reached."""
+        return self._meter is not None and self._meter.is_at_limit
 
     def path_of(self, extent: Extent) -> str:
         """Name the directory."""
@@ -134,10 +159,20 @@ class DriveTier(Tier):
         """Name directory, file system, engine and capacity in one line."""
         limit = format_bytes(self._file.limit_bytes)
         checked = "" if self._checksums is None else ", checksums"
-        return f"ssd: `{self._path}` ({self._report.file_system}), {self._engine.describe()}{checked}, up to {limit}"
+        checked += "" if self._eraser is None else ", zeros over what is freed"
+        worn = "" if self._meter is None else f", {self._meter.line()}"
+        engine = f"{self._engine.describe()}{checked}"
+        return f"ssd: `{self._path}` ({self._report.file_system}), {engine}, up to {limit}{worn}"
 
     def allocate(self, nbytes: int) -> Extent:
         """Reserve room, growing the file if need be; see :meth:`Tier.allocate`."""
+        if self.is_at_write_limit:
+            raise CapacityError(
+                f"cannot store activation: {format_bytes(nbytes)} to `{self._path}` (`daily_write_limit` is reached)",
+                path=self._path,
+                nbytes=nbytes,
+                hint="raise `daily_write_limit`, or wait until tomorrow; the tensor stays in memory meanwhile",
+            )
         return self._file.allocate(nbytes)
 
     def write(self, extent: Extent, source: Tensor, ready: DeviceEvent) -> None:
@@ -178,7 +213,10 @@ class DriveTier(Tier):
         """Give an extent back; its bytes in the file are used again."""
         if self._checksums is not None:
             self._checksums.forget(extent)  # before another extent may begin there
-        self._file.free(extent)
+        if self._eraser is None:
+            self._file.free(extent)
+        else:
+            self._eraser.free(extent)
 
     def take_survived(self) -> list[StorageError]:
         """Take the failures after which another attempt went well; see :meth:`Tier.take_survived`."""
@@ -189,12 +227,18 @@ class DriveTier(Tier):
         return Rates(self._writes.take(), self._reads.take())
 
     def trim(self) -> None:
-        """Give back space that was not in use for long; see :meth:`Tier.trim`."""
+        """Give back space that was not in use for long, and note down what was written; see :meth:`Tier.trim`."""
+        if self._meter is not None:
+            self._meter.flush()
         self._file.trim()
 
     def close(self) -> None:
         """Let the file and its space go, at once or with the end of the last transfer; never waits."""
         self._file.close()
+        if self._eraser is not None:
+            self._eraser.close()
+        if self._meter is not None:
+            self._meter.flush()
         self._close_engine_if_unused()
 
     def _close_engine_if_unused(self) -> None:
@@ -333,6 +377,8 @@ class DriveTier(Tier):
                             raise ShortTransferError(
                                 f"{'wrote' if is_store else 'read'} {count} bytes, expected {size}"
                             )
+                    if is_store:
+                        self._count(size)
                     break
                 except OSError as error:
                     attempts = attempts or Attempts(self._retries, is_store=is_store)

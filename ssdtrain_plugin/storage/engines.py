@@ -1,7 +1,8 @@
-"""Which engine moves the bytes to a drive, why that one, and a drive that uses it."""
+"""Which engine moves the bytes to a drive, why that one, and a drive that uses it, and its meter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,13 +10,16 @@ import torch
 from ssdtrain_plugin.errors import EnvironmentUnsupportedError
 from ssdtrain_plugin.storage.base import Engine
 from ssdtrain_plugin.storage.drive import DriveTier
+from ssdtrain_plugin.storage.drive_identity import identity_of
+from ssdtrain_plugin.storage.extent_file import cannot_create
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.storage.posix import PosixEngine
 from ssdtrain_plugin.storage.probe import DirectoryReport
 from ssdtrain_plugin.storage.retries import Retries
+from ssdtrain_plugin.storage.wear import DriveMeter, state_folder
 from ssdtrain_plugin.streams import Streams
 
-__all__ = ["choose_engine", "open_drive"]
+__all__ = ["choose_engine", "meter_of", "open_drive"]
 
 
 def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -113,3 +117,23 @@ def open_drive(
         has_checksums=has_checksums,
         retries=retries,
     )
+
+
+def meter_of(path: str, limit_bytes: int | None, rated_bytes: int | None, *, clock: Callable[[], float]) -> DriveMeter:
+    """Make the meter of the drive that a directory is on.
+
+    Args:
+        path: The directory.
+        limit_bytes: That may be written in a day, or None.
+        rated_bytes: Endurance of the drive (TBW), or None.
+        clock: Seconds since 1970.
+
+    Raises:
+        StorageError: The directory is gone.
+    """
+    try:
+        identity = identity_of(path)
+    except OSError as error:
+        raise cannot_create(path, error) from error
+    folder = state_folder(os.environ)
+    return DriveMeter(identity, path, folder=folder, limit_bytes=limit_bytes, rated_bytes=rated_bytes, clock=clock)

@@ -1,6 +1,6 @@
-"""One unlinked file that grows in steps, and who has which part of it. Moves no bytes.
+"""One file without a name that grows in steps, and who has which part of it. Moves no bytes.
 
-The file is never given a name, so its space returns to the drive when the process
+The file is as nameless as the file system allows, so its space returns to the drive when the process
 ends, however it ends. Rewriting allocated blocks is twice as fast as writing new
 ones, so space that is freed is used again first and goes back to the drive only
 when a long time has shown that it is not needed.
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from ssdtrain_plugin.errors import CapacityError, StateError, StorageError
 from ssdtrain_plugin.storage.base import Extent
 from ssdtrain_plugin.storage.extents import ExtentAllocator, round_down, round_up
-from ssdtrain_plugin.storage.probe import DirectoryReport, open_unlinked
+from ssdtrain_plugin.storage.probe import DirectoryReport
+from ssdtrain_plugin.storage.scratch import open_scratch
 from ssdtrain_plugin.units import MIB, format_bytes
 
 __all__ = ["FULL", "ExtentFile"]
@@ -57,10 +58,12 @@ class ExtentFile:
         """Open the file, empty."""
         self.path = report.path
         try:
-            self.fd, _ = open_unlinked(self.path, direct=report.supports_direct)
+            scratch = open_scratch(self.path, direct=report.supports_direct)
         except OSError as error:
             raise cannot_create(self.path, error) from error
-        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self.fd = scratch.fd
+        self._remove_name = scratch.remove_name
+        self._close_fd = weakref.finalize(self, scratch.close)
         self._close_fd.atexit = False  # worker threads may still run then; the kernel closes it
         alignment = max(report.alignment_bytes, _EXTENT_ALIGNMENT)
         self._allocator = ExtentAllocator(alignment, min_piece_bytes=_MIN_PIECE_BYTES)
@@ -141,6 +144,23 @@ class ExtentFile:
                 self._num_active -= is_open
                 self._close_if_unused()
 
+    def live_extents(self) -> list[Extent]:
+        """List the extents that are not freed; also when it is closed."""
+        with self._lock:
+            return self._allocator.live()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the descriptor open although it is closed; for who has something to do at the end."""
+        with self._lock:
+            self._num_active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_active -= 1
+                self._close_if_unused()
+
     def trim(self) -> int:
         """Give back to the drive what has not been in use since the last call, but for a reserve.
 
@@ -164,6 +184,8 @@ class ExtentFile:
         this in the very thread that transfers.
         """
         with self._lock:
+            if not self._is_closed:
+                self._remove_name()  # now: a transfer that hangs would keep it for ever
             self._is_closed = True
             self._close_if_unused()
 
@@ -206,6 +228,9 @@ class ExtentFile:
             reason = f"{format_bytes(left_bytes)} left {pieces}of {format_bytes(self.limit_bytes)}"
             raise self._no_room(nbytes, reason, None, "raise `disk_bytes` or lower `offload_fraction`")
         step_bytes = min(max(need_bytes, self._file_bytes + _GROWTH_BYTES), self.limit_bytes)
+        if step_bytes - self._file_bytes > self.drive_free_bytes():
+            # A call that fails has held all that was left for a moment, and another rank's store fails of it.
+            step_bytes = need_bytes
         try:
             self._resize(step_bytes)
         except OSError as error:

@@ -94,6 +94,10 @@ class ExtentAllocator:
         """End of the range in use now: no live extent lies beyond it."""
         return self._high_water_bytes
 
+    def live(self) -> list[Extent]:
+        """List the extents that are not freed."""
+        return list(self._live.values())
+
     def __contains__(self, extent: Extent) -> bool:
         """Tell whether ``extent`` was allocated here and not freed since."""
         return self._live.get(extent.offset) == extent

@@ -7,7 +7,6 @@ so nothing is left behind whatever happens.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
@@ -15,19 +14,17 @@ import os
 import secrets
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
+from ssdtrain_plugin.storage.scratch import file_system_of, open_scratch
 from ssdtrain_plugin.units import KIB, MIB, format_bytes
 
-__all__ = ["MIN_FREE_BYTES", "DirectoryReport", "directory_problem", "open_unlinked", "probe_directory"]
+__all__ = ["MIN_FREE_BYTES", "DirectoryReport", "directory_problem", "probe_directory"]
 
 MIN_FREE_BYTES = 64 * MIB
 """A directory with less free space is not worth using."""
 
 _ALIGNMENTS = tuple(512 << shift for shift in range(8))  # 512 B to 64 KiB
 _BLOCK_BYTES = 4 * KIB
-# O_TMPFILE is refused so by file systems without it, and by kernels that read it as a directory.
-_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.ENOSYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,46 +55,6 @@ class DirectoryReport:
     total_bytes: int
 
 
-def open_unlinked(directory: str, *, direct: bool) -> tuple[int, str]:
-    """Open a new file that has no name, mode 0600, for reading and writing.
-
-    The kernel frees its space when the last descriptor closes, also after SIGKILL.
-
-    Args:
-        directory: Where the space comes from.
-        direct: With O_DIRECT.
-
-    Returns:
-        The descriptor and how it was made: ``O_TMPFILE``, or ``unlinked`` where the
-        file system has none and the file had a name for a moment.
-
-    Raises:
-        OSError: It cannot be created, or O_DIRECT is refused (``EINVAL``).
-    """
-    flags = os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    try:
-        return os.open(directory, flags | os.O_TMPFILE, 0o600), "O_TMPFILE"
-    except OSError as error:
-        if error.errno not in _NO_TMPFILE:
-            raise
-    name = os.path.join(directory, f".ssdtrain-{secrets.token_hex(16)}")
-    try:
-        fd = os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        raise
-    except OSError:
-        # A refused O_DIRECT may leave behind the file that O_CREAT has just made.
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    try:
-        os.unlink(name)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd, "unlinked"
-
-
 def probe_directory(path: str) -> DirectoryReport:
     """Find out what a directory can do. Leaves nothing behind.
 
@@ -109,21 +66,22 @@ def probe_directory(path: str) -> DirectoryReport:
     """
     space = os.statvfs(path)
     try:
-        fd, how = open_unlinked(path, direct=False)
+        scratch = open_scratch(path, direct=False)
     except OSError as error:
         is_writable, how, alignment_bytes, reason = False, "", 1, f"no file can be created: {error.strerror}"
     else:
+        how = scratch.how
         try:
-            os.pwrite(fd, bytes(_BLOCK_BYTES), 0)
+            os.pwrite(scratch.fd, bytes(_BLOCK_BYTES), 0)
             is_writable = True
         except OSError:
             is_writable = False
         finally:
-            os.close(fd)
+            scratch.close()
         alignment_bytes, reason = _find_alignment(path)
     return DirectoryReport(
         path=path,
-        file_system=_file_system(path),
+        file_system=file_system_of(path),
         is_writable=is_writable,
         supports_tmpfile=how == "O_TMPFILE",
         supports_direct=alignment_bytes > 1,
@@ -144,16 +102,21 @@ def directory_problem(path: str) -> str | None:
         ``<path>: <got> (expected <want>)``, or None if nothing is wrong.
     """
     try:
-        if not stat.S_ISDIR(os.stat(path).st_mode):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISDIR(mode):
             return f"`{path}`: not a directory (expected a writable directory on the drive)"
-        fd, _ = open_unlinked(path, direct=False)
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            got = f"mode {stat.S_IMODE(mode):04o}, every user may rename and remove what is in it"
+            return f"`{path}`: {got} (expected the sticky bit, `chmod +t`, or nobody else to write, `chmod o-w`)"
+        scratch = open_scratch(path, direct=False)
         try:
-            if os.pwrite(fd, bytes(_BLOCK_BYTES), 0) != _BLOCK_BYTES:
+            if os.pwrite(scratch.fd, bytes(_BLOCK_BYTES), 0) != _BLOCK_BYTES:
                 return f"`{path}`: a write of {_BLOCK_BYTES} bytes was cut short (expected room for it)"
-            os.fdatasync(fd)  # network file systems refuse late
-            free_bytes = os.fstatvfs(fd).f_bavail * os.fstatvfs(fd).f_frsize
+            os.fdatasync(scratch.fd)  # network file systems refuse late
+            space = os.fstatvfs(scratch.fd)
+            free_bytes = space.f_bavail * space.f_frsize
         finally:
-            os.close(fd)
+            scratch.close()
     except OSError as error:
         if error.errno == errno.ENOENT and os.path.isdir(path):
             return f"`{path}`: takes no new files (expected a writable directory on the drive)"
@@ -186,14 +149,14 @@ def _refusal(error: OSError) -> str:
 def _find_alignment(path: str) -> tuple[int, str]:
     """Return the smallest alignment that O_DIRECT accepts (1: none), and the reason in words."""
     try:
-        fd, _ = open_unlinked(path, direct=True)
+        scratch = open_scratch(path, direct=True)
     except OSError as error:
         return 1, f"refused by the file system: {error.strerror}"
     refusal = "no alignment was tried"
     try:
         for alignment in _ALIGNMENTS:
             try:
-                if _moves_block(fd, alignment):
+                if _moves_block(scratch.fd, alignment):
                     return alignment, f"works with {alignment}-byte alignment"
                 refusal = "bytes came back short or changed"
             except OSError as error:
@@ -201,7 +164,7 @@ def _find_alignment(path: str) -> tuple[int, str]:
                 if error.errno != errno.EINVAL:
                     break
     finally:
-        os.close(fd)
+        scratch.close()
     return 1, f"a file opens but transfers fail: {refusal}"
 
 
@@ -216,22 +179,3 @@ def _moves_block(fd: int, alignment: int) -> bool:
     if os.pwritev(fd, [source], alignment) != alignment:
         return False
     return os.preadv(fd, [target], alignment) == alignment and target == source
-
-
-def _file_system(path: str) -> str:
-    """Return the type of the mount that holds ``path``: the longest mount point, the last of equals."""
-    real = os.path.realpath(path)
-    best_point, best_type = "", "unknown"
-    try:
-        lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
-    except OSError:
-        return best_type
-    for line in lines:
-        fields, _, tail = line.partition(" - ")
-        point = fields.split(" ")[4]
-        for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-            point = point.replace(code, character)
-        is_parent = point == "/" or real == point or real.startswith(point + "/")
-        if is_parent and len(point) >= len(best_point):
-            best_point, best_type = point, tail.split(" ")[0]
-    return best_type

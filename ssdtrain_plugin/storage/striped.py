@@ -2,23 +2,20 @@
 
 It knows extents, seconds and failures; files and system calls are its drives' business.
 
-Note [Which drive]. All that is stored in forward is read in backward. So a drive owes
-two times: for what waits to be written, and for what it holds and will read back. An
-extent goes to the drive that would be done with both first::
+Note [Which drive]. All that is stored in forward is read in backward. So a drive owes two times: for what waits to be
+written, and for what it holds and will read back. An extent goes to the drive that would be done with both first::
 
     (pending_bytes + nbytes) / write_rate  +  (held_bytes + nbytes) / owed_rate
 
-The first term keeps the queues of the drives equally long in seconds, the second gives
-each its share of what is held: by read rates, by write rates, or between, whichever makes
-forward and backward together shortest. A rate that is not known yet is taken to be the best
-known of the others, so that a new drive is tried, unless its first transfers show less. A
-drive that is so slow that it gets nothing would never be measured again; so it gets one
-extent, a probe, when many have gone elsewhere and a probe takes 1 % of the time at most.
+The first term keeps the queues of the drives equally long in seconds, the second gives each its share of what is
+held: by read rates, by write rates, or between, whichever makes forward and backward together shortest. A rate that
+is not known yet is taken to be the best known of the others, so that a new drive is tried, unless its first transfers
+show less. A drive that is so slow that it gets nothing would never be measured again; so it gets one extent, a probe,
+when many have gone elsewhere and a probe takes 1 % of the time at most.
 
-Note [A drive that fails]. A failed store goes to another drive, and the caller sees a
-success; the error is kept for whoever counts them. The drive gets nothing for a pause
-that doubles with each failure, then one extent on trial. A store that succeeds ends
-that. A failed load pauses the drive too, but raises: its bytes are lost.
+Note [A drive that fails]. A failed store goes to another drive, and the caller sees a success; the error is kept for
+whoever counts them. The drive gets nothing for a pause that doubles with each failure, then one extent on trial. A
+store that succeeds ends that. A failed load pauses the drive too, but raises: its bytes are lost.
 """
 
 from __future__ import annotations
@@ -104,9 +101,9 @@ class _Drive:
 
     def describe(self, now: float) -> str:
         """What was noticed of it, to follow the line of its tier."""
-        rates = (("write", self.writes.bytes_per_second), ("read", self.reads.bytes_per_second))
-        noticed = [f", {name} {format_rate(rate)}" for name, rate in rates if rate is not None]
-        return "".join([*noticed, ", paused after a failure" if self.is_paused(now) else ""])
+        rates = {"write": self.writes.bytes_per_second, "read": self.reads.bytes_per_second}
+        noticed = "".join(f", {name} {format_rate(rate)}" for name, rate in rates.items() if rate is not None)
+        return noticed + (", paused after a failure" if self.is_paused(now) else "")
 
 
 @dataclass(slots=True, eq=False)
@@ -160,6 +157,11 @@ class StripedTier(Tier):
     def free_bytes(self) -> int:
         """Bytes left of all drives' budgets; an extent needs room on a single one."""
         return 0 if self._is_closed else sum(drive.tier.free_bytes for drive in self._drives)
+
+    @property
+    def is_at_write_limit(self) -> bool:
+        """Whether every drive is; one that is refuses, and the others go on."""
+        return all(drive.tier.is_at_write_limit for drive in self._drives)
 
     def describe(self) -> str:
         """Name each drive, with its measured speed where it is known, in one line."""
@@ -332,9 +334,7 @@ class StripedTier(Tier):
             def seconds(drive: _Drive, write_bytes: int, read_bytes: int) -> float:
                 return write_bytes / write_rates[drive.index] + read_bytes / shared_rates[drive.index]
 
-            chosen = min(
-                usable, key=lambda drive: seconds(drive, drive.pending_bytes + nbytes, drive.held_bytes + nbytes)
-            )
+            chosen = min(usable, key=lambda each: seconds(each, each.pending_bytes + nbytes, each.held_bytes + nbytes))
             self._turn += 1
             for drive in usable:
                 if drive.has_rested(self._turn, now, seconds(drive, nbytes, nbytes)):

@@ -248,6 +248,11 @@ class ThrottledTier(Tier):
         """Tell how fast transfers were, waits included."""
         return Rates(self._write_tally.take(), self._read_tally.take())
 
+    @property
+    def is_at_write_limit(self) -> bool:
+        """Ask the tier inside."""
+        return self._inner.is_at_write_limit
+
     def trim(self) -> None:
         """Let the tier inside give back what it has not needed."""
         self._inner.trim()

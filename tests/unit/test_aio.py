@@ -25,7 +25,8 @@ from ssdtrain_plugin.storage import aio, completions, locked
 from ssdtrain_plugin.storage.aio import AioEngine, aio_problem
 from ssdtrain_plugin.storage.drive import DriveTier
 from ssdtrain_plugin.storage.memory import HostArena, memory_at
-from ssdtrain_plugin.storage.probe import open_unlinked, probe_directory
+from ssdtrain_plugin.storage.probe import probe_directory
+from ssdtrain_plugin.storage.scratch import open_scratch
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
 from ssdtrain_plugin.units import KIB, MIB
 
@@ -102,7 +103,7 @@ def rig(library, tmp_path, monkeypatch):
     if not report.supports_direct:
         pytest.skip(f"O_DIRECT {report.direct_reason}")
     arena = HostArena(CpuStreams())
-    fd, _ = open_unlinked(str(tmp_path), direct=True)
+    fd = open_scratch(str(tmp_path), direct=True).fd
     os.posix_fallocate(fd, 0, FILE_BYTES)
     rig = Rig(fd, arena, report, library, monkeypatch)
     yield rig
@@ -281,7 +282,7 @@ def mounted_ext4(tmp_path, nbytes):
 
 @contextlib.contextmanager
 def engine_in(path, arena):
-    fd, _ = open_unlinked(str(path), direct=True)
+    fd = open_scratch(str(path), direct=True).fd
     engine = AioEngine(fd, report=probe_directory(str(path)), arena=arena)
     try:
         yield engine, fd
@@ -476,11 +477,12 @@ SCRIPT = """
     import os, signal, sys, threading
     from ssdtrain_plugin.storage.aio import AioEngine
     from ssdtrain_plugin.storage.memory import HostArena, memory_at
-    from ssdtrain_plugin.storage.probe import open_unlinked, probe_directory
+    from ssdtrain_plugin.storage.probe import probe_directory
+    from ssdtrain_plugin.storage.scratch import open_scratch
     from ssdtrain_plugin.streams import CpuStreams
 
     path = sys.argv[1]
-    fd, _ = open_unlinked(path, direct=True)
+    fd = open_scratch(path, direct=True).fd
     engine = AioEngine(fd, report=probe_directory(path), arena=HostArena(CpuStreams()))
     blocks = [engine.staging(8 << 20) for _ in range(3)]
 """

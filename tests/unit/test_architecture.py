@@ -15,19 +15,19 @@ MAX_FUNCTION_LINES = 70
 # An import points to an earlier line only. A name stands for the module or for the whole folder.
 LAYERS = [
     ["errors", "frames", "units", "version"],
-    ["config", "deadlines", "identity", "streams", "stats", "account"],
-    ["profile", "planner", "projection"],
+    ["config", "deadlines", "identity", "streams", "stats", "account", "events"],
+    ["profile", "planner", "projection", "trace"],
     ["storage", "policy", "schedule", "summary"],
     ["transfer", "failures", "preflight"],
     ["records", "ledger", "placement", "observing"],
     ["table"],
     ["reload", "migration"],
     ["cache"],
-    ["hooks"],
+    ["hooks", "tracing"],
     ["runtime"],
     [""],  # ssdtrain_plugin itself: the public names
-    ["integrations", "doctor", "bench"],
-    ["cli_bench", "cli_plan"],
+    ["integrations", "doctor", "bench", "report"],
+    ["cli_bench", "cli_plan", "cli_report"],
     ["run", "cli"],
     ["__main__"],
 ]

@@ -19,7 +19,7 @@ from ssdtrain_plugin.bench.fio import (
     run_fio,
     with_working_engine,
 )
-from ssdtrain_plugin.storage.probe import open_unlinked
+from ssdtrain_plugin.storage.scratch import open_scratch
 from ssdtrain_plugin.units import GIB, KIB
 
 BLOCK_BYTES = 64 * KIB
@@ -58,7 +58,7 @@ def fake_fio(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def fd(tmp_path):
-    fd, _ = open_unlinked(str(tmp_path), direct=False)
+    fd = open_scratch(str(tmp_path), direct=False).fd
     os.posix_fallocate(fd, 0, 4 * BLOCK_BYTES)
     yield fd
     os.close(fd)

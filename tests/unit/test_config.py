@@ -301,3 +301,28 @@ def test_placeholders_are_replaced():
 
 def test_other_braces_stay():
     assert expand_path("/mnt/{x}/{", local_rank=0) == "/mnt/{x}/{"
+
+
+@pytest.mark.parametrize("text", ["verify: off", "verify: 'off'"])
+def test_yaml_takes_the_word_off_for_false_and_so_do_we(tmp_path, text):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"policy: none\n{text}\n")
+    assert OffloadConfig.from_yaml(file).verify == "off"
+
+
+def test_a_switch_is_read_from_the_text_of_a_command_line():
+    assert OffloadConfig(paths="/mnt", zero_on_free="True").zero_on_free is True
+    assert OffloadConfig(paths="/mnt", zero_on_free="false").zero_on_free is False
+    with pytest.raises(ConfigError, match=r"zero_on_free: 'maybe' \(expected true or false\)"):
+        OffloadConfig(paths="/mnt", zero_on_free="maybe")
+
+
+@pytest.mark.parametrize("name", ["zero_on_free", "daily_write_limit", "rated_write_bytes"])
+def test_what_is_about_drives_is_refused_without_one(name):
+    with pytest.raises(ConfigError, match=f"{name}: does nothing without `paths`"):
+        OffloadConfig(host_bytes="1 GiB", **{name: "2 TB" if name != "zero_on_free" else True})
+
+
+def test_sizes_of_drive_makers_are_understood():
+    config = OffloadConfig(paths="/mnt", daily_write_limit="2 TB", rated_write_bytes="0.6 TB")
+    assert (config.daily_write_limit, config.rated_write_bytes) == (2 * 10**12, 6 * 10**11)

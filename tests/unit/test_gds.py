@@ -14,7 +14,8 @@ from ssdtrain_plugin.storage import gds
 from ssdtrain_plugin.storage.drive import DriveTier
 from ssdtrain_plugin.storage.gds import GdsEngine, compatibility_reason, gds_problem
 from ssdtrain_plugin.storage.memory import HostArena, memory_at
-from ssdtrain_plugin.storage.probe import open_unlinked, probe_directory
+from ssdtrain_plugin.storage.probe import probe_directory
+from ssdtrain_plugin.storage.scratch import open_scratch
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
 from ssdtrain_plugin.units import MIB
 
@@ -44,7 +45,7 @@ def arena():
 
 @pytest.fixture
 def fd(tmp_path, report):
-    fd, _ = open_unlinked(str(tmp_path), direct=True)
+    fd = open_scratch(str(tmp_path), direct=True).fd
     os.posix_fallocate(fd, 0, 4 * MIB)
     yield fd
     os.close(fd)

@@ -174,3 +174,22 @@ def test_a_directory_listed_twice_is_refused(tmp_path):
 def test_more_host_memory_than_there_is_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"host_bytes: 65536\.0 TiB \(expected at most .* free host memory\)"):
         check({"host_bytes": 64 << 50}, source="the test", local_rank=0)
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_the_numbers_of_each_step_are_logged_for_who_asks_by_the_rank_that_speaks(tmp_path, caplog, speaks):
+    model, told = Model(), []
+    with (
+        caplog.at_level(logging.DEBUG, "ssdtrain_plugin.steps"),
+        build(options(tmp_path), device=torch.device("cpu"), rank=2, speaks=speaks) as offloader,
+    ):
+        offloader.on_step(told.append)
+        for _ in range(2):
+            with offloader.hooks.forward():
+                loss = model(torch.randn(4, 16))
+            loss.backward()
+            offloader.end_step()
+    lines = [record.getMessage() for record in caplog.records if record.name == "ssdtrain_plugin.steps"]
+    assert len(lines) == (2 if speaks else 0)
+    assert all(line.startswith("rank 2: step ") and "loads on demand" in line for line in lines)
+    assert [stats.step for stats in told] == [0, 1]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+import stat
 
 import pytest
 
+from ssdtrain_plugin.errors import StorageError
 from ssdtrain_plugin.stats import StatsWriter, StepCounter, StepStats
 
 
@@ -37,3 +40,18 @@ def test_the_writer_appends_and_flushes(tmp_path):
         writer.close()
         writer.write(StepCounter().freeze(step=9, rank=3, plan="x"))
     assert len((directory / "rank3.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_the_file_is_its_owners_alone_and_no_link_is_followed(tmp_path):
+    before = os.umask(0)
+    try:
+        StatsWriter(str(tmp_path / "new"), 0).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new" / "rank0.jsonl").stat().st_mode) == 0o600
+    precious = tmp_path / "precious"
+    precious.write_text("kept", encoding="ascii")
+    (tmp_path / "rank1.jsonl").symlink_to(precious)
+    with pytest.raises(StorageError, match=r"cannot open the statistics.*symbolic links"):
+        StatsWriter(str(tmp_path), 1)
+    assert precious.read_text(encoding="ascii") == "kept"

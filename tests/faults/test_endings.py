@@ -1,0 +1,141 @@
+"""However a process ends, nothing of it stays: no file, no process, no message over the user's own."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("ending_worker.py")
+REPOSITORY = WORKER.parents[2]
+START_SECONDS = 120  # importing torch beside other work
+ADDRESS_SPACE_KIB = 12 * 1024 * 1024
+# A process that hangs does so for ever, or for the minute after which a transfer is given up.
+END_SECONDS = 30
+KILLS = int(os.environ.get("SSDTRAIN_KILLS", "3"))
+SEED = 20261120
+
+ENDINGS = {
+    # way: exit code
+    "exit": 0,
+    "detach": 0,
+    "exception": 1,
+    "_exit": 3,
+    "sys.exit": 4,
+    "SIGTERM handled": 5,
+    "SIGTERM": -signal.SIGTERM,
+    "SIGKILL": -signal.SIGKILL,
+    "SIGINT": -signal.SIGINT,
+    "fork": 0,
+    "spawn": 0,
+    "given to a child": 0,
+}
+AT_ONCE = {"SIGKILL", "SIGTERM", "_exit"}
+"""Ways in which no code of ours runs any more."""
+
+
+def run(way, directory, *more, names=False):
+    """Let a process end in one way; return its exit code and what it wrote to stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if names:
+        environment["SSDTRAIN_TEST_NAMES"] = "1"
+    limited = ["/bin/sh", "-c", 'ulimit -v "$0" && exec "$@"', str(ADDRESS_SPACE_KIB)]
+    command = [*limited, sys.executable, str(WORKER), way, str(directory), *map(str, more)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=START_SECONDS + END_SECONDS)
+        finally:
+            assert _end_group(process.pid) or process.poll() is not None
+    assert not _group_lives(process.pid), "a process of it is still there"
+    return process.returncode, errors
+
+
+def _end_group(pid):
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _group_lives(pid):
+    members = [stat for stat in Path("/proc").glob("[0-9]*/stat") if _group_of(stat) == pid]
+    return bool(members)
+
+
+def _group_of(stat):
+    try:
+        fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[2])
+
+
+def found(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def deleted_and_open(directory):
+    """Files below a directory that have no name and that some process of ours holds: their space is not free."""
+    held = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target.startswith(str(directory)) and target.endswith(" (deleted)"):
+            held.append((str(link), target))
+    return held
+
+
+@pytest.mark.parametrize("way", ENDINGS)
+def test_a_process_leaves_nothing(tmp_path, way):
+    code, errors = run(way, tmp_path)
+    assert code == ENDINGS[way], errors
+    assert found(tmp_path) == []
+    assert deleted_and_open(tmp_path) == []
+    if way == "exception":
+        assert errors.rstrip().endswith("UsersOwnError: this is what the user must see"), errors
+        assert errors.count("Traceback") == 1, errors
+    elif way == "SIGINT":
+        assert errors.rstrip().endswith("KeyboardInterrupt"), errors
+        assert errors.count("Traceback") == 1, errors
+    else:
+        assert "Traceback" not in errors
+        assert "ssdtrain" not in errors.replace("resource_tracker", ""), errors
+
+
+@pytest.mark.parametrize("way", ["exit", "exception", "SIGINT", "_exit", "SIGKILL", "fork"])
+def test_where_files_need_names_the_next_run_removes_those_of_the_dead(tmp_path, way):
+    code, errors = run(way, tmp_path, names=True)
+    assert code == ENDINGS[way], errors
+    assert len(found(tmp_path)) == (2 if way in AT_ONCE else 0), "our folder, and one file in it"
+    if way in AT_ONCE:
+        code, errors = run("clean", tmp_path, names=True)
+        assert code == 0, errors
+        assert found(tmp_path) == []
+
+
+def seeded_kills():
+    chance = random.Random(SEED)
+    # 16 stores and as many loads a step: up to the fourth step, in either direction.
+    return [chance.randrange(1, 60) for _ in range(KILLS)]
+
+
+@pytest.mark.parametrize("number", seeded_kills())
+def test_killed_inside_of_a_transfer(tmp_path, number):
+    """1. Training is killed while half of a write, or of a read, is done. 2. The next run starts clean."""
+    code, errors = run("killed", tmp_path, number)
+    assert code == -signal.SIGKILL, errors
+    assert found(tmp_path) == []
+    assert deleted_and_open(tmp_path) == []
+    code, errors = run("clean", tmp_path)
+    assert code == 0, errors
+    assert found(tmp_path) == []

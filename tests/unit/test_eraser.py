@@ -1,0 +1,122 @@
+"""Zeros over what was freed."""
+
+import errno
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin.storage.engines import open_drive
+from ssdtrain_plugin.storage.memory import HostArena
+from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
+
+MIB = 1 << 20
+SECRET = 0x5A
+
+
+@pytest.fixture
+def drive(tmp_path):
+    streams = CpuStreams()
+    arena = HostArena(streams)
+    drive = open_drive(str(tmp_path), engine="posix", streams=streams, arena=arena, disk_bytes=64 * MIB)
+    drive.zero_what_is_freed()
+    yield drive
+    drive.close()
+    arena.close()
+
+
+def store(drive, nbytes):
+    extent = drive.allocate(nbytes)
+    drive.write(extent, torch.full((nbytes,), SECRET, dtype=torch.uint8), DeviceEvent())
+    return extent
+
+
+def same_file(drive):
+    """Open the drive's file a second time, through the page cache."""
+    return os.open(f"/proc/self/fd/{drive._file.fd}", os.O_RDONLY)
+
+
+def secrets_in(fd):
+    return os.pread(fd, os.fstat(fd).st_size, 0).count(SECRET)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 5000, MIB + 3, 9 * MIB])
+def test_what_is_freed_is_zeroed_before_it_is_given_to_another(drive, nbytes):
+    extent = store(drive, nbytes)
+    fd = same_file(drive)
+    try:
+        assert secrets_in(fd) >= nbytes
+        drive.free(extent)
+        drive.close()
+        assert secrets_in(fd) == 0
+    finally:
+        os.close(fd)
+
+
+def test_what_is_not_freed_is_zeroed_at_the_end(drive):
+    store(drive, MIB)
+    freed = store(drive, MIB)
+    drive.free(freed)
+    store(drive, 2 * MIB)
+    fd = same_file(drive)
+    try:
+        drive.close()
+        assert secrets_in(fd) == 0
+    finally:
+        os.close(fd)
+
+
+def test_other_extents_are_not_touched(drive):
+    extents = [store(drive, MIB) for _ in range(4)]
+    drive.free(extents[1])
+    drive.free(extents[3])
+    while drive.used_bytes > 2 * MIB:  # its thread ends, or the test does
+        os.sched_yield()
+    for extent in (extents[0], extents[2]):
+        target = torch.zeros(MIB, dtype=torch.uint8)
+        drive.read(extent, target, DeviceEvent())
+        assert torch.equal(target, torch.full_like(target, SECRET))
+
+
+def test_a_drive_that_takes_no_zeros_is_said_once_and_gives_its_room_back(drive, monkeypatch, caplog):
+    extents = [store(drive, MIB) for _ in range(3)]
+    monkeypatch.setattr(os, "pwritev", refuse)
+    for extent in extents:
+        drive.free(extent)
+    while drive.used_bytes:
+        os.sched_yield()
+    drive.close()
+    assert len([record for record in caplog.records if "zero_on_free" in record.message]) == 1
+
+
+def refuse(*args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_training_with_it_gives_the_same_gradients_and_leaves_zeros(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    x = torch.randn(256, 64)
+    model(x).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    config = ssdtrain.OffloadConfig(paths=str(tmp_path), policy="all", min_tensor_bytes=1, zero_on_free=True)
+    with ssdtrain.attach(model, config) as offloader:
+        (tier,) = offloader._tiers.values()
+        fd = same_file(tier)
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(x).sum()
+            offloader.cache._queue.wait_idle()
+            loss.backward()
+            for parameter, gradient in zip(model.parameters(), expected, strict=True):
+                assert torch.equal(parameter.grad, gradient)
+            assert offloader.end_step().stored_bytes > 0
+        held = model(x).sum()
+        assert "zeros over what is freed" in offloader.report()
+    try:
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
+        assert not content.strip(b"\0")
+    finally:
+        os.close(fd)
+    del held
