@@ -85,7 +85,7 @@ class Trace:
         self._first_step = first_step
         self._end_step = first_step + num_steps
         self._events: deque[Event] = deque()
-        # By id: a module may define equality, and then it cannot be hashed.
+        # By id: a module may define what equality is.
         self._names: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._modules: dict[int, str | None] = {}
         self._sizes: dict[int, int] = {}

@@ -28,6 +28,9 @@ class Gate:
         self._event.set()
 
     def shut(self):
+        """Let nobody pass from now on; who passed before has not arrived for :meth:`wait_for_arrival`."""
+        while self._arrived.acquire(blocking=False):
+            pass
         self._event.clear()
 
     def pass_through(self):
