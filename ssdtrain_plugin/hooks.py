@@ -26,7 +26,7 @@ from ssdtrain_plugin.trace import Trace
 
 __all__ = ["ModuleHooks", "SavedTensorHooks", "active_hooks", "checkpoint"]
 
-_MEGATRON_RANDOM = "megatron.core.tensor_parallel.random"  # imported by whoever calls in Megatron's form
+_MEGATRON = "megatron.core.tensor_parallel"  # imported by whoever calls in Megatron's form
 
 _active: ContextVar[SavedTensorHooks | None] = ContextVar("ssdtrain_active_hooks", default=None)
 
@@ -229,7 +229,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
     checkpointed; its inputs are then what is offloaded.
 
     Megatron's form, ``checkpoint(function, distribute_saved_activations, *args)``, is
-    taken as well: a bool that ``function`` has no place for is not an input of it.
+    taken as well where Megatron is in use: a bool in front of inputs that ``function`` can do
+    with alone is not one of them. Give a function its own bool by keyword.
 
     Args:
         function: The region; called as ``function(*args, **kwargs)``.
@@ -250,20 +251,19 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
             return function(*inputs, **{name: value for name, value in kwargs.items() if name not in options})
     if is_megatron:
         # Megatron's own restores the random states of its tensor-parallel regions too.
-        return sys.modules[_MEGATRON_RANDOM].checkpoint(function, *args)
+        return sys.modules[_MEGATRON].checkpoint(function, *args)
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
 
 
 def _has_megatron_form(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Tell whether the first input is Megatron's ``distribute_saved_activations``."""
-    if not args or not isinstance(args[0], bool) or kwargs or _MEGATRON_RANDOM not in sys.modules:
+    if not args or not isinstance(args[0], bool) or kwargs or _MEGATRON not in sys.modules:
         return False
-    signature = inspect.signature(function)
     try:
-        signature.bind(*args)
+        inspect.signature(function).bind(*args[1:])
     except TypeError:
-        return True
-    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+        return False
+    return True
 
 
 def active_hooks() -> SavedTensorHooks | None:

@@ -51,20 +51,32 @@ class _AfterImport(MetaPathFinder):
 
     def __init__(self, actions: dict[str, Callable[[ModuleType], None]]) -> None:
         self._actions = actions
+        self._searched: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find the module as if this finder were not there, and have its loader run the action too."""
-        action = self._actions.pop(fullname, None)
-        spec = importlib.util.find_spec(fullname) if action is not None else None
-        if action is None or spec is None or spec.loader is None:
+        """Find the module as if this finder were not there, and have its loader run the action too.
+
+        Who only asks whether there is such a module, as many packages do, gets a spec as well, and
+        throws it away: so the action waits until a module was really loaded.
+        """
+        if fullname not in self._actions or fullname in self._searched:
+            return None
+        self._searched.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searched.discard(fullname)
+        if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            action(module)
+            action = self._actions.pop(fullname, None)
+            if action is not None:
+                action(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -97,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     # reads this at its first large allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     hosts = {"deepspeed": _prepare_deepspeed, "megatron.training.arguments": _prepare_megatron}
+    for name in hosts.keys() & sys.modules.keys():
+        hosts.pop(name)(sys.modules[name])
     sys.meta_path.insert(0, _AfterImport(hosts))
     sys.argv = [script, *rest]
     if not getattr(sys.flags, "safe_path", False):  # since Python 3.11; then there is no such entry

@@ -22,6 +22,7 @@ def restored(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", deepspeed.initialize)
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
 
 

@@ -37,7 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             continue
         group.add_argument(
             f"--ssdtrain-{name.replace('_', '-')}",
-            nargs="+" if name == "paths" else None,
+            nargs="+" if name == "paths" else "?" if field.annotation is bool else None,
+            const=True if field.annotation is bool else None,
             type=str if name.endswith(_PATHS) else _read_value,
             metavar=_metavar(name, field.annotation),
             help=f"{field.description} Default: {_describe(name, field.default)}.".replace("%", "%%"),
@@ -48,8 +49,10 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _read_value(text: str) -> int | float | str:
-    """Read a number where the text is one. All else stays text; the option table says what was expected."""
+def _read_value(text: str) -> bool | int | float | str:
+    """Read a number or a truth value where the text is one; the option table says what was expected instead."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -67,6 +70,8 @@ def _describe(name: str, default: object) -> str:
 def _metavar(name: str, annotation: Any) -> str:
     if name == "paths":
         return "DIRECTORY"
+    if annotation is bool:
+        return "{true,false}"
     if get_origin(annotation) is Literal:
         return "{" + ",".join(get_args(annotation)) + "}"
     return name.rpartition("_")[2].upper()

@@ -82,11 +82,16 @@ class MegatronOffload:
 
         @functools.wraps(inner)
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            return outer(inner, *args, **kwargs)
+            # Who fetched it before `disable` may go on calling it.
+            return outer(inner, *args, **kwargs) if self._undo else inner(*args, **kwargs)
+
+        def undo() -> None:
+            if getattr(module, name) is replacement:  # else somebody has put something on top since
+                setattr(module, name, inner)
 
         setattr(replacement, _OWNER, self)
         setattr(module, name, replacement)
-        self._undo.append(functools.partial(setattr, module, name, inner))
+        self._undo.append(undo)
 
     def disable(self) -> None:
         """Put Megatron's own functions back, stop the threads, give disk and memory back. Twice does nothing."""

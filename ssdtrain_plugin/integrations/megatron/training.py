@@ -20,6 +20,10 @@ __all__ = ["add_args", "enable", "prepare_script"]
 
 _TRAINING = "megatron.training.training"
 _IS_ARMED = "_ssdtrain_is_armed"
+_LOST = (
+    "ssdtrain: the --ssdtrain flags were dropped: Megatron takes no flags beside `--yaml-cfg`\n\n"
+    "hint: put `ssdtrain: true` and `ssdtrain_paths: [DIRECTORY]` into that file"
+)
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -53,10 +57,11 @@ def enable(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> 
         ConfigError: An option is wrong, a path cannot be used, or something of Megatron's
             settings cannot be combined with offloading; all are listed.
     """
+    present = enabled()
+    if present is not None:
+        return present
     config = _read(settings)
-    if config is None or not config.enabled:
-        return None
-    return enabled() or MegatronOffload(config)
+    return None if config is None or not config.enabled else MegatronOffload(config)
 
 
 def _read(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> OffloadConfig | None:
@@ -98,8 +103,11 @@ def _arm(training: Any) -> None:
 
     @functools.wraps(inner)
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        flags = training.get_args()
+        if not hasattr(flags, "ssdtrain") and any(argument.startswith("--ssdtrain") for argument in sys.argv):
+            sys.exit(_LOST)
         try:
-            enable(training.get_args())
+            enable(flags)
         except ConfigError as error:
             sys.exit(f"ssdtrain: {error}")
         return inner(*args, **kwargs)
