@@ -39,7 +39,7 @@ def stack_of(family, **others):
 
 def matrix_of(*stacks, **others):
     counts = {"rounds": 1, "warm_up_rounds": 1, "budget_rounds": 1, "budget_warm_up_rounds": 1}
-    return RokMatrix(stacks=stacks, **counts, **others, options={"min_tensor_bytes": 1})
+    return RokMatrix(stacks=stacks, host_bytes="64 MiB", **counts, **others, options={"min_tensor_bytes": 1})
 
 
 # --- the stacks
