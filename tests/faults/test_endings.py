@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,13 @@ def _end_group(pid):
 
 
 def _group_lives(pid):
-    members = [stat for stat in Path("/proc").glob("[0-9]*/stat") if _group_of(stat) == pid]
-    return bool(members)
+    """Tell whether a process of the group stays; Python's resource tracker ends a moment after its parent."""
+    deadline = time.monotonic() + 5
+    while any(_group_of(stat) == pid for stat in Path("/proc").glob("[0-9]*/stat")):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _group_of(stat):
