@@ -227,7 +227,8 @@ def markdown(report: RokBench, *, command: str, date: str, picture: str) -> str:
         )
         tables = (_equal_batch_rows(run), _equal_memory_rows(run))
         for title, (names, rows) in zip(_titles(report, run), tables, strict=True):
-            parts += [f"**{title.removeprefix(f'{stack.name}: ').capitalize()}**", _markdown_table(names, rows)]
+            heading = title.removeprefix(f"{stack.name}: ")
+            parts += [f"**{heading[0].upper()}{heading[1:]}**", _markdown_table(names, rows)]
         parts.append("\n".join(f"- {'met' if is_met else 'MISSED'}: {text}." for text, is_met in verdicts(run)))
     return "\n\n".join(parts) + "\n"
 

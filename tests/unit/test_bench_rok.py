@@ -381,6 +381,7 @@ def test_what_is_written(run, tmp_path):
         "Left out",
         "- other: no.",
         "## t5",
+        "iB of activations, 40% of keep's peak",
     ):
         assert said in text
     assert str(run[3]) not in text
