@@ -246,10 +246,10 @@ class Decoder(_Stack):
         Returns:
             The mean cross entropy, a scalar of float32.
         """
-        hidden = self._embed(tokens[:, :-1])
+        hidden = self._embed(tokens[:, :-1].clone())  # or the whole rows would be saved
         for layer in self.layers:
             hidden = run_layer(layer, hidden)
-        return self._loss(hidden, tokens[:, 1:])
+        return self._loss(hidden, tokens[:, 1:].clone())
 
 
 class Encoder(_Stack):
@@ -311,14 +311,14 @@ class EncoderDecoder(_Stack):
             The mean cross entropy, a scalar of float32.
         """
         sequence = tokens.shape[1] // 2
-        memory = self._embed(tokens[:, :sequence])
+        memory = self._embed(tokens[:, :sequence].clone())
         for layer in self.encoder:
             memory = run_layer(layer, memory)
         memory = self.memory_norm(memory)
-        hidden = self._embed(tokens[:, sequence:-1])
+        hidden = self._embed(tokens[:, sequence:-1].clone())
         for layer in self.decoder:
             hidden = run_layer(layer, hidden, memory)
-        return self._loss(hidden, tokens[:, sequence + 1 :])
+        return self._loss(hidden, tokens[:, sequence + 1 :].clone())
 
 
 def create_stack(shape: DecoderShape) -> nn.Module:

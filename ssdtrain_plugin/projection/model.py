@@ -84,6 +84,11 @@ class ModelSpec(BaseModel):
         description="Further tensors of the size of all queries that attention saves. 1 if the kernel's output is "
         "copied into another layout before the last linear layer.",
     )
+    attention_mask: bool = Field(
+        default=False,
+        description="naive: attention with a causal mask saves it, a byte for each query and key of each layer, as "
+        "`masked_fill` does. One that is added, or is part of a kernel, is not saved.",
+    )
     dropout: Annotated[tuple[DropoutPlace, ...], BeforeValidator(_as_places)] | None = Field(
         default=None,
         description=f"By default false for llama and true for others, or a list of {', '.join(DROPOUT_PLACES)}.",
@@ -97,9 +102,15 @@ class ModelSpec(BaseModel):
         description="Type in which inputs of norms are saved: fp32 under autocast or with an fp32 residual stream; "
         "`precision` by default, bf16 with fp8.",
     )
+    statistics_precision: Precision = Field(
+        default="fp32", description="In which norms keep the statistics of rows; on a CPU `norm_precision`."
+    )
     loss_precision: Precision = Field(default="fp32", description="Of the probabilities that the loss saves.")
     head_transform: bool | None = Field(
         default=None, description="A linear layer, GELU and norm before the logits; true for bert by default."
+    )
+    position_indices: bool | None = Field(
+        default=None, description="Positions are looked up by indices, which are saved; by default for gpt and bert."
     )
     tied_embeddings: bool = Field(default=True, description="Logits use the table of the input embedding.")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -167,6 +178,11 @@ class ModelSpec(BaseModel):
         return self.family == "bert" if self.head_transform is None else self.head_transform
 
     @property
+    def has_position_indices(self) -> bool:
+        """``position_indices``, or its default."""
+        return self.family in ("gpt", "bert") if self.position_indices is None else self.position_indices
+
+    @property
     def norm_type(self) -> Precision:
         """``norm_precision``, or its default."""
         return self.norm_precision or ("bf16" if self.precision == "fp8" else self.precision)
@@ -199,6 +215,11 @@ class ModelSpec(BaseModel):
         if self.family == "t5" and not 0 < self.num_decoder_layers < self.layers:
             problems.append(
                 f"decoder_layers: {self.num_decoder_layers} (expected at least 1 and fewer than layers, {self.layers})"
+            )
+        if self.attention_mask and (self.attention != "naive" or self.family == "bert"):
+            problems.append(
+                f"attention_mask: does nothing with `attention: {self.attention}` and `family: {self.family}` "
+                "(expected naive attention with a causal mask)"
             )
         if self.fused_activation and not self.is_gated:
             problems.append(

@@ -136,10 +136,11 @@ def layer_tensors(model: ModelSpec, block: Block, split: Split) -> list[SavedTen
         shape = (split.batch, split.rows(block.sequence), model.hidden)
         return [SavedTensor("input", shape, model.norm_type, "recomputation of the layer")]
     tensors = [*norm_tensors(model, "attention_norm", block.sequence, split)]
-    tensors += _attention(model, "attention", block.sequence, block.sequence, split)
+    is_causal = model.family != "bert" and block.name != "encoder"
+    tensors += _attention(model, "attention", block.sequence, block.sequence, split, is_causal=is_causal)
     if block.memory_sequence:
         tensors += norm_tensors(model, "cross_attention_norm", block.sequence, split)
-        tensors += _attention(model, "cross_attention", block.sequence, block.memory_sequence, split)
+        tensors += _attention(model, "cross_attention", block.sequence, block.memory_sequence, split, is_causal=False)
     tensors += norm_tensors(model, "feedforward_norm", block.sequence, split)
     return [*tensors, *_feedforward(model, block.sequence, split)]
 
@@ -156,11 +157,18 @@ def norm_tensors(model: ModelSpec, name: str, sequence: int, split: Split) -> It
     rows = (split.batch, split.rows(sequence))
     yield SavedTensor(f"{name}.input", (*rows, model.hidden), model.norm_type, "norm")
     yield SavedTensor(
-        f"{name}.statistics", (*rows, 1), "fp32", "norm", count=model.norm_statistics, is_row_statistic=True
+        f"{name}.statistics",
+        (*rows, 1),
+        model.statistics_precision,
+        "norm",
+        count=model.norm_statistics,
+        is_row_statistic=True,
     )
 
 
-def _attention(model: ModelSpec, name: str, queries: int, keys: int, split: Split) -> Iterator[SavedTensor]:
+def _attention(
+    model: ModelSpec, name: str, queries: int, keys: int, split: Split, *, is_causal: bool
+) -> Iterator[SavedTensor]:
     """List one attention: ``queries`` tokens look at ``keys`` tokens."""
     dtype, width, batch = model.precision, model.width_of_a_head, split.batch
     heads = split.share(model.heads)
@@ -174,6 +182,8 @@ def _attention(model: ModelSpec, name: str, queries: int, keys: int, split: Spli
     yield SavedTensor(f"{name}.key", of_keys, dtype, "scores", storage=fused)
     yield SavedTensor(f"{name}.value", of_keys, dtype, "weighted sum", storage=fused)
     if model.recompute == "none":
+        if model.attention_mask and is_causal:
+            yield SavedTensor(f"{name}.mask", (queries, keys), "bool", "scores")
         yield from _attention_core(model, name, (batch, heads, queries, keys), of_queries)
     yield SavedTensor(f"{name}.output", of_queries, dtype, "last linear layer, flash kernel")
     if model.drops("attention_output"):
@@ -222,7 +232,7 @@ def embedding_tensors(model: ModelSpec, sequence: int, split: Split) -> list[Sav
         split: The part of one rank.
     """
     indices = [SavedTensor("tokens", (split.batch, sequence), "int64", "table of tokens", is_row_statistic=True)]
-    if model.family in ("gpt", "bert"):
+    if model.has_position_indices:
         indices.append(SavedTensor("positions", (sequence,), "int64", "table of positions", is_row_statistic=True))
     if not model.drops("embedding"):
         return indices
@@ -252,4 +262,5 @@ def head_tensors(model: ModelSpec, split: Split) -> list[SavedTensor]:
         SavedTensor("logits.input", residual, model.precision, "logits"),
         SavedTensor("loss.probabilities", logits, model.loss_precision, "cross entropy"),
         SavedTensor("loss.targets", (split.batch, sequence), "int64", "cross entropy", is_row_statistic=True),
+        SavedTensor("loss.total_weight", (1,), "fp32", "mean over the targets", is_row_statistic=True),
     ]

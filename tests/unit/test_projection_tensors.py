@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import ssdtrain_plugin as ssdtrain
-from ssdtrain_plugin.bench.models import VOCABULARY, Decoder, DecoderShape
 from ssdtrain_plugin.projection import cluster_from_dict, model_from_dict, stages_of
 from ssdtrain_plugin.projection.model import Block
 from ssdtrain_plugin.projection.tensors import Split, head_tensors, layer_tensors, total_bytes
@@ -157,13 +155,13 @@ def test_small_tensors_are_not_offloaded():
 
 
 def torch_tensors(module, *inputs):
-    """Type, elements and bytes of all that autograd saves but parameters and scalars; views of the same bytes once."""
+    """Type and elements of all that autograd saves but parameters; views of the same bytes once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     seen, alive = {}, []
 
     def pack(tensor):
         pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in parameters and tensor.numel() > 1:
+        if pointer not in parameters:
             seen[pointer, tensor.storage_offset(), tensor.numel()] = tensor
             alive.append(tensor)  # or another one is given its address
         return tensor
@@ -184,35 +182,7 @@ def counted(stage):
     return expected
 
 
-def planned(shape):
-    spec = model_from_dict(
-        {
-            "layers": shape.layers,
-            "hidden": shape.hidden,
-            "heads": shape.heads,
-            "vocab": VOCABULARY,
-            "sequence": shape.sequence,
-            "dropout": False,
-            "precision": {"float32": "fp32", "bfloat16": "bf16"}[shape.dtype],
-        }
-    )
-    (stage,) = stages_of(spec, cluster(micro_batch=shape.microbatch))
-    return stage
-
-
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
-SHAPES = [
-    DecoderShape(layers=1, hidden=32, heads=2, sequence=16, microbatch=2),
-    DecoderShape(layers=3, hidden=48, heads=4, sequence=33, microbatch=1),
-    DecoderShape(layers=2, hidden=128, heads=4, sequence=64, microbatch=3),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_tensor_that_torch_saves_is_planned_and_no_other(shape):
-    torch.manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (shape.microbatch, shape.sequence + 1))
-    assert torch_tensors(Decoder(shape), tokens) == counted(planned(shape))
 
 
 class Attention(nn.Module):
@@ -346,20 +316,3 @@ def test_every_tensor_of_a_llama_is_planned(kv_heads):
     # Its norms are LayerNorms here, with a mean a row: torch's RMSNorm is not one kernel on CPU.
     assert found - counted(stages_of(spec, cluster())[0]) == Counter({(torch.float32, B * S): 3})
     assert not counted(stages_of(spec, cluster())[0]) - found
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plugin_counts_the_planned_bytes(dtype):
-    shape = DecoderShape(layers=2, hidden=128, heads=4, sequence=64, microbatch=3, dtype=dtype)
-    decoder = Decoder(shape).to(shape.torch_dtype)
-    tokens = torch.randint(VOCABULARY, (shape.microbatch, shape.sequence + 1))
-    with ssdtrain.attach(decoder, {"policy": "none", "min_tensor_bytes": 1}) as offloader:
-        decoder(tokens).backward()
-        counted = offloader.end_step().saved_bytes
-    stage = planned(shape)
-    # The tokens are a view of a storage with one more each, and the loss saves a scalar.
-    difference = shape.microbatch * 8 + 4
-    if dtype == "bfloat16":  # on CPU norms keep statistics in the type of their input
-        statistics = [t.nbytes * g.count for g in stage.groups for t in g.tensors if t.name.endswith("statistics")]
-        difference -= sum(statistics) // 2
-    assert counted == stage.saved_bytes + difference
