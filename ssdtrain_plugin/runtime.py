@@ -25,7 +25,7 @@ from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.preflight import find_local_rank, prepare
-from ssdtrain_plugin.stats import StatsWriter, StepStats
+from ssdtrain_plugin.stats import WARM_UP_STEPS, StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Engine, Tier
 from ssdtrain_plugin.storage.engines import choose_engine, meter_of, open_drive
 from ssdtrain_plugin.storage.host import HostTier
@@ -42,10 +42,6 @@ __all__ = ["Offloader", "Parts", "attach", "attach_with", "build", "make_audible
 
 logger = logging.getLogger(__name__)
 _steps_logger = logging.getLogger("ssdtrain_plugin.steps")  # by itself, so that it can be switched on by itself
-
-# The first step pays for the extent file and the staging memory; the second shows
-# what the run will be like.
-_WARM_UP_STEPS = 2
 
 # Space on the drive and host memory that so many steps did not need goes back.
 _TRIM_STEPS = 32
@@ -166,7 +162,7 @@ class Offloader:
                 tier.trim()
             for arena in self._arenas:
                 arena.trim()
-        if self._totals.num_steps == _WARM_UP_STEPS:
+        if self._totals.num_steps == WARM_UP_STEPS:
             line, has_moved = after_warm_up(stats)
             level = logging.WARNING if self._tiers and not has_moved else logging.INFO
             logger.log(level if self._speaks else logging.DEBUG, "%s", line)
@@ -330,7 +326,7 @@ def _build_tiers(
 def _open_trace(config: OffloadConfig, rank: int, device: torch.device) -> Trace | None:
     if config.stats_path is None or not (config.trace_steps and config.enabled):
         return None
-    return Trace(config.stats_path, rank, first_step=_WARM_UP_STEPS, num_steps=config.trace_steps, device=str(device))
+    return Trace(config.stats_path, rank, first_step=WARM_UP_STEPS, num_steps=config.trace_steps, device=str(device))
 
 
 def _create_queue(config: OffloadConfig, clock: Callable[[], float], trace: Trace | None) -> TransferQueue:

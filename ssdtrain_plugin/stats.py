@@ -11,7 +11,10 @@ from typing import IO
 
 from ssdtrain_plugin.errors import StorageError
 
-__all__ = ["StatsWriter", "StepCounter", "StepStats", "open_lines"]
+__all__ = ["WARM_UP_STEPS", "StatsWriter", "StepCounter", "StepStats", "open_lines"]
+
+WARM_UP_STEPS = 2
+"""The first step pays for the extent file and the staging memory; the second shows what the run will be like."""
 
 
 @dataclass(frozen=True, slots=True)

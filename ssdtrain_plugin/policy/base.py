@@ -9,7 +9,10 @@ from typing import NamedTuple, Protocol
 from ssdtrain_plugin.profile import StepProfile
 from ssdtrain_plugin.stats import StepStats
 
-__all__ = ["LoadBounds", "Observation", "OffloadPolicy", "PackRequest", "Placement", "TierHealth"]
+__all__ = ["KEEPS_EVERYTHING", "LoadBounds", "Observation", "OffloadPolicy", "PackRequest", "Placement", "TierHealth"]
+
+KEEPS_EVERYTHING = "keep everything and count it"
+"""The plan of the policy ``none``, in whose run nothing can move."""
 
 _LONGEST_PAUSE_STEPS = 64
 

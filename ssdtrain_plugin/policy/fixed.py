@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssdtrain_plugin.policy.base import Observation, PackRequest, Placement
+from ssdtrain_plugin.policy.base import KEEPS_EVERYTHING, Observation, PackRequest, Placement
 
 __all__ = ["FractionPolicy"]
 
@@ -56,7 +56,7 @@ class FractionPolicy:
     def explain(self) -> str:
         """Say the share."""
         if self._fraction <= 0.0:
-            return "keep everything and count it"
+            return KEEPS_EVERYTHING
         if self._fraction >= 1.0:
             return "offload everything"
         return f"offload the first {self._fraction:.0%} of each micro-batch"

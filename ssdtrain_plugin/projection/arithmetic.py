@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ssdtrain_plugin.projection.model import Block, ModelSpec
 
-__all__ = ["layer_flops", "model_flops"]
+__all__ = ["head_flops", "layer_flops", "model_flops"]
 
 
 def layer_flops(model: ModelSpec, block: Block) -> float:
@@ -29,12 +29,20 @@ def layer_flops(model: ModelSpec, block: Block) -> float:
     return float(products + cores)
 
 
+def head_flops(model: ModelSpec) -> float:
+    """Count the forward of the head on one sequence.
+
+    Args:
+        model: Its widths.
+    """
+    columns = model.vocab * model.hidden + (model.hidden**2 if model.has_head_transform else 0)
+    return 2.0 * model.output_sequence * columns
+
+
 def model_flops(model: ModelSpec) -> float:
     """Count forward and backward of one sequence through the whole model, without what is recomputed.
 
     Args:
         model: Its widths.
     """
-    head = model.vocab * model.hidden + (model.hidden**2 if model.has_head_transform else 0)
-    forward = sum(layer_flops(model, block) for block in model.blocks) + 2 * model.output_sequence * head
-    return 3.0 * forward
+    return 3.0 * (sum(layer_flops(model, block) for block in model.blocks) + head_flops(model))

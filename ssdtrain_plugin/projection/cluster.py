@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.projection.model import Count, ModelSpec
 from ssdtrain_plugin.units import parse_bytes
 
@@ -19,9 +20,14 @@ def _as_amount(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _as_size(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
 Amount = Annotated[float, BeforeValidator(_as_amount), Field(gt=0)]
 Fraction = Annotated[float, BeforeValidator(_as_amount), Field(gt=0, le=1)]
 Factor = Annotated[float, BeforeValidator(_as_amount), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_as_size), Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -99,6 +105,10 @@ class ClusterSpec(_Strict):
     drive: DriveSpec
     drives_per_gpu: Count = 1
     paths: tuple[str, ...] = Field(default=(), description="Directories for the config block.", strict=False)
+    min_tensor_bytes: Size = Field(
+        default=int(OffloadConfig.model_fields["min_tensor_bytes"].default),
+        description="Smaller tensors are not offloaded: the option of the same name.",
+    )
     parallel: ParallelSpec = ParallelSpec()
     batch: BatchSpec = BatchSpec()
     endurance: EnduranceSpec = EnduranceSpec()

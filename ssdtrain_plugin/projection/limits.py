@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.projection.cluster import ClusterSpec
 from ssdtrain_plugin.projection.memory import static_memory
 from ssdtrain_plugin.projection.model import ModelSpec
-from ssdtrain_plugin.projection.stages import stages_of
+from ssdtrain_plugin.projection.stages import Stage, stages_of
 
-__all__ = ["MIN_TENSOR_BYTES", "MicroBatchLimits", "in_flight", "micro_batch_limits"]
-
-MIN_TENSOR_BYTES = int(OffloadConfig.model_fields["min_tensor_bytes"].default)
-"""Smaller tensors are not offloaded, unless the option is changed."""
+__all__ = ["MeasuredShare", "MicroBatchLimits", "in_flight", "micro_batch_limits", "resident_bytes"]
 
 _RESIDENT_LAYERS = 2
 """SSDTrain, III-D: with offloading two consecutive layers are in device memory."""
@@ -37,6 +33,19 @@ class MicroBatchLimits:
     offload: int
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredShare:
+    """What a run had on one stage, over what was planned for it.
+
+    Attributes:
+        saved: Of what a micro-batch saves.
+        resident: Of what is in device memory with offloading.
+    """
+
+    saved: float = 1.0
+    resident: float = 1.0
+
+
 def in_flight(cluster: ClusterSpec, index: int) -> float:
     """Count micro-batches of a stage between forward and backward, in whole ones.
 
@@ -52,18 +61,35 @@ def in_flight(cluster: ClusterSpec, index: int) -> float:
     return min(float(cluster.batch.micro_batches), parallel.pp - index + more)
 
 
-def micro_batch_limits(model: ModelSpec, cluster: ClusterSpec) -> MicroBatchLimits:
+def resident_bytes(stage: Stage, cluster: ClusterSpec) -> float:
+    """Say what is in device memory with offloading: two layers, the head, and of all micro-batches what is too small.
+
+    Args:
+        stage: What it saves.
+        cluster: Mapping, batch and the smallest size.
+    """
+    small = stage.saved_bytes - stage.offloaded_bytes(cluster.min_tensor_bytes)
+    least = min(stage.saved_bytes, _RESIDENT_LAYERS * stage.layer_bytes + stage.head_bytes)
+    return least + small * in_flight(cluster, stage.index)
+
+
+def micro_batch_limits(
+    model: ModelSpec, cluster: ClusterSpec, measured: Sequence[MeasuredShare] | None = None
+) -> MicroBatchLimits:
     """Find the largest micro-batches.
 
     Args:
         model: What is trained.
         cluster: Mapping and memory.
+        measured: Of each stage, to plan with what a run had; recomputation was not run, and stays as planned.
     """
     full = model.model_copy(update={"recompute": "full"})
+    shares = measured or [MeasuredShare()] * cluster.parallel.pp
+    budget = cluster.memory_budget_bytes
     return MicroBatchLimits(
-        keep=_largest(lambda size: _kept_bytes(model, cluster, size), cluster.memory_budget_bytes),
-        recompute=_largest(lambda size: _recompute_bytes(model, full, cluster, size), cluster.memory_budget_bytes),
-        offload=_largest(lambda size: _offload_bytes(model, cluster, size), cluster.memory_budget_bytes),
+        keep=_largest(lambda size: _kept_bytes(model, cluster, size, shares), budget),
+        recompute=_largest(lambda size: _recompute_bytes(model, full, cluster, size), budget),
+        offload=_largest(lambda size: _offload_bytes(model, cluster, size, shares), budget),
     )
 
 
@@ -80,10 +106,10 @@ def _largest(needed: Callable[[int], float], budget_bytes: float) -> int:
     return low
 
 
-def _kept_bytes(model: ModelSpec, cluster: ClusterSpec, size: int) -> float:
+def _kept_bytes(model: ModelSpec, cluster: ClusterSpec, size: int, shares: Sequence[MeasuredShare]) -> float:
     return max(
-        static_memory(model, cluster, stage).nbytes + stage.saved_bytes * in_flight(cluster, stage.index)
-        for stage in stages_of(model, cluster, micro_batch=size)
+        static_memory(model, cluster, stage).nbytes + share.saved * stage.saved_bytes * in_flight(cluster, stage.index)
+        for stage, share in zip(stages_of(model, cluster, micro_batch=size), shares, strict=True)
     )
 
 
@@ -99,11 +125,8 @@ def _recompute_bytes(model: ModelSpec, full: ModelSpec, cluster: ClusterSpec, si
     )
 
 
-def _offload_bytes(model: ModelSpec, cluster: ClusterSpec, size: int) -> float:
-    """Two layers, the head, and of all micro-batches in flight what is too small to be offloaded."""
+def _offload_bytes(model: ModelSpec, cluster: ClusterSpec, size: int, shares: Sequence[MeasuredShare]) -> float:
     return max(
-        static_memory(model, cluster, stage).nbytes
-        + min(stage.saved_bytes, _RESIDENT_LAYERS * stage.layer_bytes + stage.head_bytes)
-        + (stage.saved_bytes - stage.offloaded_bytes(MIN_TENSOR_BYTES)) * in_flight(cluster, stage.index)
-        for stage in stages_of(model, cluster, micro_batch=size)
+        static_memory(model, cluster, stage).nbytes + share.resident * resident_bytes(stage, cluster)
+        for stage, share in zip(stages_of(model, cluster, micro_batch=size), shares, strict=True)
     )

@@ -12,7 +12,7 @@ from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.projection.arithmetic import model_flops
 from ssdtrain_plugin.projection.cluster import ClusterSpec
 from ssdtrain_plugin.projection.endurance import DriveLife, DriveNeed, drive_life, drive_need
-from ssdtrain_plugin.projection.limits import MIN_TENSOR_BYTES, MicroBatchLimits, in_flight, micro_batch_limits
+from ssdtrain_plugin.projection.limits import MicroBatchLimits, in_flight, micro_batch_limits
 from ssdtrain_plugin.projection.memory import StaticMemory, model_parameters, static_memory
 from ssdtrain_plugin.projection.model import ModelSpec
 from ssdtrain_plugin.projection.stages import Stage, stages_of
@@ -180,7 +180,7 @@ def project(model: ModelSpec, cluster: ClusterSpec) -> Projection:
 
 def _stage_plan(model: ModelSpec, cluster: ClusterSpec, stage: Stage, step: StepTime) -> StagePlan:
     time = stage_time(model, cluster, stage, cluster.batch.micro_batch)
-    offloaded = stage.offloaded_bytes(MIN_TENSOR_BYTES)
+    offloaded = stage.offloaded_bytes(cluster.min_tensor_bytes)
     flight, count = in_flight(cluster, stage.index), cluster.batch.micro_batches
     return StagePlan(
         stage=stage,
@@ -212,6 +212,8 @@ def _config(cluster: ClusterSpec, plans: tuple[StagePlan, ...]) -> dict[str, Any
     options: dict[str, Any] = {"paths": paths, "policy": "adaptive"}
     if occupied:
         options["disk_bytes"] = math.ceil(1.05 * occupied / MIB) * MIB  # 5 % for the gaps between extents
+    if cluster.min_tensor_bytes != OffloadConfig.model_fields["min_tensor_bytes"].default:
+        options["min_tensor_bytes"] = cluster.min_tensor_bytes
     layer = max(plan.stage.layer_bytes for plan in plans)
     for name in ("max_inflight_bytes", "prefetch_bytes"):
         # One layer must fit, or the next layer's stores wait for this one's.

@@ -17,7 +17,7 @@ from ssdtrain_plugin.projection.projection import ASSUMPTIONS, Projection
 from ssdtrain_plugin.projection.sweep import SweepPoint
 from ssdtrain_plugin.units import format_bytes, format_rate, format_seconds
 
-__all__ = ["format_life", "tables"]
+__all__ = ["format_life", "inputs", "plain_table", "tables", "titled"]
 
 
 def format_life(years: float) -> str:
@@ -39,7 +39,7 @@ def tables(found: Projection) -> RenderableType:
     """
     options = Text(json.dumps({"ssdtrain": dict(found.config)}, indent=2))
     parts: Sequence[tuple[str, RenderableType]] = (
-        ("", _inputs(found)),
+        ("", inputs(found)),
         ("saved in one micro-batch on one rank, by tensor", _tensors(found)),
         ("stages", _stages(found)),
         ("a step, and the drives of one rank", _summary(found)),
@@ -49,17 +49,27 @@ def tables(found: Projection) -> RenderableType:
         ("assumptions", Text("\n".join(f"- {line}" for line in ASSUMPTIONS))),
         ("options, for DeepSpeed's JSON; the same names elsewhere", options),
     )
-    return Together(*_titled(parts))
+    return Together(*titled(parts))
 
 
-def _titled(parts: Sequence[tuple[str, RenderableType]]) -> Iterator[RenderableType]:
+def titled(parts: Sequence[tuple[str, RenderableType]]) -> Iterator[RenderableType]:
+    """Put titles above some parts.
+
+    Args:
+        parts: Title, which may be empty, and part.
+    """
     for title, part in parts:
         if title:
             yield Text(f"\n{title}", style="bold")
         yield part
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """Make a table without lines.
+
+    Args:
+        *columns: Their heads; the first one is that of names.
+    """
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
@@ -75,19 +85,33 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _inputs(found: Projection) -> Table:
+def inputs(found: Projection) -> Table:
+    """Show what was planned for.
+
+    Args:
+        found: The plan.
+    """
     model, cluster = found.model, found.cluster
     split, batch, gpu, drive = cluster.parallel, cluster.batch, cluster.gpu, cluster.drive
-    rate = f"{cluster.flops_per_second / 1e12:.0f} of {gpu.peak_flops_per_second / 1e12:.0f} TFLOP/s assumed"
+    rate = f"{_teraflops(cluster.flops_per_second)} of {_teraflops(gpu.peak_flops_per_second)} TFLOP/s assumed"
     mapping = f"TP {split.tp}{' with SP' if split.sp else ''}, PP {split.pp}, DP {split.dp}, ZeRO {split.zero}"
     return _pairs(
         [
-            ("model", f"{model.name}: {found.parameters / 1e9:.1f} billion parameters  {_source(model.source)}"),
+            ("model", f"{model.name}: {_many(found.parameters)} parameters  {_source(model.source)}"),
             ("GPUs", f"{cluster.gpus} {gpu.name}, {rate}  {_source(gpu.source)}"),
             ("mapping", f"{mapping}; micro-batch {batch.micro_batch}, {batch.micro_batches} a step and replica"),
             ("drives", f"{cluster.drives_per_gpu} {drive.name} a GPU  {_source(drive.source)}"),
         ]
     )
+
+
+def _teraflops(flops_per_second: float) -> str:
+    value = flops_per_second / 1e12
+    return f"{value:.0f}" if value >= 10 else f"{value:.3g}"
+
+
+def _many(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e8 else f"{count / 1e6:.1f} million"
 
 
 def _source(text: str) -> str:
@@ -97,7 +121,7 @@ def _source(text: str) -> str:
 def _tensors(found: Projection) -> Table:
     """List the tensors of the stage that has most to write."""
     plan = found.worst
-    table = _table(f"stage {plan.stage.index}", "shape", "type", "each", "in a part", "parts", "in all", "share")
+    table = plain_table(f"stage {plan.stage.index}", "shape", "type", "each", "in a part", "parts", "in all", "share")
     for group in plan.stage.groups:
         for tensor in group.tensors:
             nbytes = group.count * tensor.nbytes
@@ -117,7 +141,7 @@ def _tensors(found: Projection) -> Table:
 
 def _stages(found: Projection) -> Table:
     columns = ("stage", "layers", "saved", "in flight", "forward", "backward", "write", "static memory")
-    table = _table(*columns)
+    table = plain_table(*columns)
     plans = found.stages
     shown = plans if len(plans) <= 8 else (plans[0], plans[1], plans[-1])
     for plan in shown:
@@ -174,7 +198,7 @@ def _summary(found: Projection) -> Table:
 def _lives(found: Projection) -> Table:
     plan, credit = found.worst, found.cluster.endurance
     waf = f"WAF {credit.rating_waf:g} / {credit.workload_waf:g}"
-    table = _table("", "written", "by the rating", f"+ {waf}", f"+ retention {credit.retention_credit:g}x")
+    table = plain_table("", "written", "by the rating", f"+ {waf}", f"+ retention {credit.retention_credit:g}x")
     rows: Sequence[tuple[str, DriveLife]] = (
         ("in a step's time", plan.life),
         ("micro-batches without a pause", plan.busy_life),
@@ -186,7 +210,7 @@ def _lives(found: Projection) -> Table:
 
 
 def _sweep(points: Sequence[SweepPoint]) -> Table:
-    table = _table("micro-batch", "a step", "step", "bubble", "weights", "speed", "write", "memory allows")
+    table = plain_table("micro-batch", "a step", "step", "bubble", "weights", "speed", "write", "memory allows")
     for point in points:
         table.add_row(
             str(point.micro_batch),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ssdtrain_plugin.projection.cluster import ClusterSpec
-from ssdtrain_plugin.projection.limits import MIN_TENSOR_BYTES, MicroBatchLimits
+from ssdtrain_plugin.projection.limits import MicroBatchLimits
 from ssdtrain_plugin.projection.model import ModelSpec
 from ssdtrain_plugin.projection.stages import stages_of
 from ssdtrain_plugin.projection.times import StepTime, stage_time, step_time
@@ -85,7 +85,7 @@ def _points(
         rate = size * count / step.seconds
         slowest = slowest or rate
         write = max(
-            2 * stage.offloaded_bytes(MIN_TENSOR_BYTES) / stage_time(model, cluster, stage, size).seconds
+            2 * stage.offloaded_bytes(cluster.min_tensor_bytes) / stage_time(model, cluster, stage, size).seconds
             for stage in stages
         )
         fits = tuple(name for name in ("keep", "recompute", "offload") if size <= getattr(limits, name))

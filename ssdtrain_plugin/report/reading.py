@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -25,7 +25,7 @@ from ssdtrain_plugin.events import (
 )
 from ssdtrain_plugin.stats import StepStats
 
-__all__ = ["RankRecord", "Run", "read_run"]
+__all__ = ["RankRecord", "Run", "read_files", "read_run"]
 
 _NAME = re.compile(r"rank(\d+)(\.trace)?\.jsonl")
 _STEPS: TypeAdapter[StepStats] = TypeAdapter(StepStats)
@@ -120,6 +120,34 @@ def read_run(directory: str | Path) -> Run:
     files = _files(folder.iterdir()) or _files(folder.glob("*/*"))
     if not any(not is_trace for _, is_trace, _ in files):
         raise _unusable(folder, "no file `rank<N>.jsonl` (expected one a rank)")
+    return _read(folder, files)
+
+
+def read_files(paths: Sequence[str | Path]) -> Run:
+    """Read the statistics of some ranks, and the events that lie beside them.
+
+    Args:
+        paths: Files of JSON lines, one a rank, under any name. A trace is looked for as ``<name>.trace.jsonl``.
+
+    Raises:
+        ConfigError: A file is missing or has no line that can be used, or a rank is there twice.
+    """
+    files: list[tuple[int, bool, Path]] = []
+    for path in map(Path, paths):
+        problems: list[str] = []
+        if not path.is_file():
+            raise _unusable(path, "no such file (expected one of `stats_path`, or its directory)")
+        first = next(_lines(path, _STEPS, problems), None)
+        if first is None:
+            raise _unusable(path, f"no finished step (expected at least one){_first_of(problems)}")
+        files.append((first.rank, False, path))
+        trace = path.with_name(f"{path.stem}.trace.jsonl")
+        if trace.is_file():
+            files.append((first.rank, True, trace))
+    return _read(Path(paths[0]).parent, sorted(files))
+
+
+def _read(folder: Path, files: Sequence[tuple[int, bool, Path]]) -> Run:
     seen: dict[tuple[int, bool], Path] = {}
     problems: list[str] = []
     records: dict[int, RankRecord] = {}
@@ -136,10 +164,13 @@ def read_run(directory: str | Path) -> Run:
             num_earlier = max(num_earlier, _take_steps(record, _lines(path, _STEPS, problems)))
     ranks = [records[rank] for rank in sorted(records)]
     if not any(record.steps for record in ranks):
-        named = "".join(f"; {problem}" for problem in problems[:1])
-        raise _unusable(folder, f"no finished step in {len(files)} files (expected at least one){named}")
+        raise _unusable(folder, f"no finished step in {len(files)} files (expected at least one){_first_of(problems)}")
     begins = [record.traced_steps[0].begin + record.offset_seconds for record in ranks if record.traced_steps]
     return Run(folder, ranks, problems, num_earlier, min(begins, default=0.0))
+
+
+def _first_of(problems: Sequence[str]) -> str:
+    return "".join(f"; {problem}" for problem in problems[:1])
 
 
 def _unusable(folder: Path, problem: str) -> ConfigError:
