@@ -130,7 +130,7 @@ def _of_steps(rank, kinds):
     return numbers
 
 
-def _busy(spans):
+def busy_seconds(spans):
     """Length of a union, by sweeping over begins and ends."""
     points = sorted([(begin, -1) for begin, end in spans] + [(end, 1) for begin, end in spans])
     total, depth, since = 0.0, 0, 0.0
@@ -148,13 +148,16 @@ def _of_transfers(rank, kinds):
     for place in {(event["direction"], event["tier"], event["drive"]) for event in kinds["transfer"]}:
         own = [event for event in kinds["transfer"] if (event["direction"], event["tier"], event["drive"]) == place]
         done = [event for event in own if event["outcome"] == DONE]
-        nbytes, busy = sum(event["nbytes"] for event in done), _busy([(each["begin"], each["end"]) for each in done])
+        nbytes, seconds = (
+            sum(event["nbytes"] for event in done),
+            busy_seconds([(each["begin"], each["end"]) for each in done]),
+        )
         row = {
             "drive": place[2],
             "num_done": len(done),
             "nbytes": nbytes,
-            "busy_seconds": busy,
-            "bytes_per_second": nbytes / busy if busy else 0.0,
+            "busy_seconds": seconds,
+            "bytes_per_second": nbytes / seconds if seconds else 0.0,
             "queue_seconds": sum(event["begin"] - event["queued"] for event in done) / len(done) if done else 0.0,
             "num_on_demand": sum(event["is_on_demand"] for event in own),
             "num_cancelled": sum(event["outcome"] == "cancelled" for event in own),

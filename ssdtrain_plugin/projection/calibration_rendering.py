@@ -75,7 +75,7 @@ def _shown(found: Calibration) -> Sequence[StageComparison]:
 def _terms(found: Calibration) -> Table:
     stages = _shown(found)
     every = [term for stage in stages for term in stage.terms] + [found.step]
-    spread = ("ranks differ from", "to") if any(map(_differs, every)) else ()
+    spread = ("lowest rank", "highest") if any(map(_differs, every)) else ()
     table = plain_table("term", "planned", "measured", "off by", *spread)
     for stage in stages:
         if len(found.stages) > 1:
