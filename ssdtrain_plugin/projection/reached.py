@@ -85,25 +85,22 @@ def _arithmetic(
             return stage_time(model, at, stage, batch.micro_batch).seconds
 
     if not seconds:
-        reasons.append(f"achieved_tflops: {UNTRACED}")
+        reasons.append(f"achieved_tflops: {UNTRACED}")  # passes always take some time
         return None, None
     rate = _rate_for(cluster, takes, seconds)
     if rate is None:
         reasons.append(
-            "achieved_tflops: memory traffic and communication alone are planned to take longer than the run did; "
+            "achieved_tflops: at no rate up to the GPU's peak the plan takes as long as the run; if that was faster, "
             "hbm_bytes_per_second, link_bytes_per_second or peak_flops_per_second is too low"
         )
     return done / seconds, None if rate is None else min(_rounded(rate), cluster.gpu.peak_flops_per_second) / 1e12
 
 
 def _rate_for(cluster: ClusterSpec, takes: Callable[[ClusterSpec], float], seconds: float) -> float | None:
-    """Find operations a second with which the plan takes so long; None if even the GPU's peak is too slow."""
-    high = cluster.gpu.peak_flops_per_second
-    if takes(_at(cluster, high)) > seconds:
+    """Find operations a second with which the plan takes so long; None if there are none up to the GPU's peak."""
+    low, high = 1.0, cluster.gpu.peak_flops_per_second
+    if not takes(_at(cluster, high)) <= seconds <= takes(_at(cluster, low)):
         return None
-    low = high
-    while takes(_at(cluster, low)) < seconds:
-        low /= 2
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if takes(_at(cluster, middle)) > seconds else (low, middle)

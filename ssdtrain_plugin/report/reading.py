@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,7 @@ def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Itera
             if not text.strip():
                 continue
             try:
-                yield adapter.validate_python(json.loads(text, parse_constant=_refuse))
+                yield adapter.validate_python(json.loads(text, parse_constant=_refuse, parse_float=_finite))
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 where = ".".join(map(str, first["loc"]))
@@ -209,6 +210,13 @@ def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Itera
                 problems.append(f"{path.name}, line {number}: left out ({reason})")
     if num_problems > _NAMED_PROBLEMS:
         problems.append(f"{path.name}: {num_problems - _NAMED_PROBLEMS} more lines left out")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -261,9 +261,10 @@ def test_operations_a_second_are_those_of_the_model_over_its_time(run, files):
     assert reached["achieved_tflops"] * 1e12 > reached["flops_per_second"] * 0.999
 
 
-def test_a_run_that_no_rate_explains_is_said(run, tmp_path):
-    slow = {**MACHINE["gpu"], "hbm_bytes_per_second": 1e3}
-    files = write(tmp_path, shape_of(), cluster={"gpu": slow})
+@pytest.mark.parametrize("factor", [1e-9, 1e12])
+def test_a_run_that_no_rate_explains_is_said(run, files, tmp_path, factor):
+    names = ("forward_seconds", "backward_seconds")
+    run = rewrite(run, tmp_path / "other", lambda row: row | {name: factor * row[name] for name in names})
     reached = calibrated(files, run)["calibration"]["reached"]
     assert reached["achieved_tflops"] is None
     assert "hbm_bytes_per_second" in reached["reasons"][0]
@@ -363,6 +364,7 @@ def test_a_run_with_policy_none_is_refused(tmp_path, files):
         ("", "no finished step"),
         ("no JSON at all\n{}\n", "no finished step (expected at least one); stats.jsonl, line 1: left out (not JSON"),
         ('{"step": 0, "rank"', "cut off"),
+        ('{"step": 0, "rank": 0, "stall_seconds": 1e999}\n', "1e999 is no finite number"),
     ],
 )
 def test_files_without_a_line_that_can_be_used_are_refused(files, tmp_path, text, words):

@@ -365,5 +365,5 @@ def test_the_numbers_of_a_hand_written_rank_are_those_expected(job):
 
 
 @pytest.mark.slow
-def test_the_page_looks_right_in_a_browser(job):
-    browser.check_looks(job[0] / "page.html", job[0])
+def test_the_page_looks_right_in_a_browser(job, tmp_path):
+    browser.check_looks(job[0] / "page.html", tmp_path)  # another test lists what is beside the page
