@@ -43,6 +43,8 @@ class Calibration:
 
     Attributes:
         planned: The plan as it was.
+        num_steps: That were measured, on the rank with fewest.
+        num_traced_steps: Of these, how many were traced.
         stages: One each.
         step: Length of a step.
         warnings: What makes the comparison doubtful, one line each.
@@ -52,6 +54,8 @@ class Calibration:
     """
 
     planned: Projection
+    num_steps: int
+    num_traced_steps: int
     stages: tuple[StageComparison, ...]
     step: Term
     warnings: tuple[str, ...]
@@ -76,6 +80,8 @@ def calibrate(planned: Projection, ranks: Sequence[MeasuredRank]) -> Calibration
     found = with_reached(cluster, reached)
     return Calibration(
         planned=planned,
+        num_steps=min(rank.num_steps for rank in ranks),
+        num_traced_steps=min(rank.num_traced_steps for rank in ranks),
         stages=stages,
         step=over_ranks([step_term(planned, rank) for rank in ranks]),
         warnings=tuple(_warnings(planned, stages, ranks)),

@@ -53,7 +53,10 @@ def calibration_tables(found: Calibration) -> RenderableType:
     """
     parts: list[tuple[str, RenderableType]] = [
         ("", inputs(found.planned)),
-        ("the plan against the run", _terms(found)),
+        (
+            f"the plan against the run: medians of {found.num_steps} steps, {found.num_traced_steps} traced",
+            _terms(found),
+        ),
         ("not recorded", Text("\n".join(_reasons(found)) or "nothing is missing")),
         ("saved tensors of a micro-batch, plan against run", _tensors(found)),
         ("the plan with what the run reached", _changes(found)),
@@ -201,6 +204,8 @@ def calibration_as_dict(found: Calibration) -> dict[str, Any]:
         found: Of :func:`ssdtrain_plugin.projection.calibration.calibrate`.
     """
     return {
+        "num_steps": found.num_steps,
+        "num_traced_steps": found.num_traced_steps,
         "stages": [
             {
                 "index": stage.index,

@@ -94,6 +94,7 @@ def test_the_table_says_what_the_json_says(run, files):
     assert "4 layers one by one: all equal" in shown
     assert report["calibration"]["fields"] in shown
     assert "nothing is missing" in shown
+    assert "medians of 4 steps, 3 traced" in shown
     assert "mind" not in shown.splitlines()
 
 
