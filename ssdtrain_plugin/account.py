@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -42,15 +42,20 @@ class ActivationAccount:
         self.would_be_bytes = 0
         self.peak_live_bytes = 0
         self.peak_would_be_bytes = 0
-        self._lingering: deque[tuple[StorageWeakRef, int]] = deque()
+        # By address, which is the storage's own as long as the weak reference is here.
+        self._lingering: OrderedDict[int, tuple[StorageWeakRef, int]] = OrderedDict()
 
-    def admit(self, would_be_bytes: int, held_bytes: int) -> None:
+    def admit(self, would_be_bytes: int, held_bytes: int, address: int) -> None:
         """Count a storage that autograd saved.
 
         Args:
             would_be_bytes: What it would pin without the plugin.
             held_bytes: What it pins now.
+            address: Of the storage. If it lingers, saved before and still held by
+                the user, it is not counted twice.
         """
+        if held_bytes and address in self._lingering:
+            self.live_bytes -= self._lingering.pop(address)[1]
         self.would_be_bytes += would_be_bytes
         self.peak_would_be_bytes = max(self.peak_would_be_bytes, self.would_be_bytes)
         self.hold(held_bytes)
@@ -89,8 +94,9 @@ class ActivationAccount:
         """
         if reference.expired():
             self.live_bytes -= nbytes
-        else:
-            self._lingering.append((reference, nbytes))
+            return
+        _, more_bytes = self._lingering.pop(reference.cdata, (None, 0))
+        self._lingering[reference.cdata] = reference, nbytes + more_bytes
 
     def settle(self, *, is_thorough: bool = False) -> None:
         """Take off what has gone since it was released.
@@ -102,16 +108,16 @@ class ActivationAccount:
         if not lingering:
             return
         for _ in range(len(lingering) if is_thorough else min(len(lingering), _CHECKS_PER_CALL)):
-            reference, nbytes = lingering.popleft()
+            address, (reference, nbytes) = lingering.popitem(last=False)
             if reference.expired():
                 self.live_bytes -= nbytes
             else:
-                lingering.append((reference, nbytes))
+                lingering[address] = reference, nbytes
 
     def forgive(self) -> None:
         """Take off all that lingers: no graph needs it, so it is not an activation any more."""
         while self._lingering:
-            self.live_bytes -= self._lingering.popleft()[1]
+            self.live_bytes -= self._lingering.popitem()[1][1]
 
     def start_step(self) -> None:
         """Forget the highest counts."""

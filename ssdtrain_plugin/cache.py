@@ -271,7 +271,7 @@ class TensorCache:
                 record.hold(span.bytes_of(storage).clone().untyped_storage(), span.first_byte, span.nbytes)
                 record.is_copy = True
                 record.original = StorageWeakRef(storage)
-        self._ledger.account.admit(record.would_be_bytes, record.held_bytes)
+        self._ledger.account.admit(record.would_be_bytes, record.held_bytes, record.address)
         return lease
 
     def _submit_store(self, record: Record, storage: torch.UntypedStorage) -> None:

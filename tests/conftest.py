@@ -17,6 +17,12 @@ _DELETED_EXTENT = re.compile(r"/(#\d+|[^/]*ssdtrain[^/]*) \(deleted\)$")
 _SERVICE_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch/_inductor")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--machine-runs", type=int, default=0, help="random runs of the cache against its model, instead of a fixed few"
+    )
+
+
 def _our_threads():
     return {thread for thread in threading.enumerate() if thread.name.startswith("ssdtrain-")}
 

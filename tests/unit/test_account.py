@@ -8,8 +8,8 @@ from ssdtrain_plugin.account import ActivationAccount
 
 def test_peaks_are_the_highest_of_the_step():
     account = ActivationAccount()
-    account.admit(100, 100)
-    account.admit(50, 0)
+    account.admit(100, 100, 1)
+    account.admit(50, 0, 2)
     account.drop(100)
     account.dismiss(100)
     assert (account.live_bytes, account.would_be_bytes) == (0, 50)
@@ -58,4 +58,30 @@ def test_forgive_takes_off_what_lingers():
     assert account.live_bytes == 0
     del tensor
     account.settle(is_thorough=True)
+    assert account.live_bytes == 0
+
+
+def test_a_storage_that_is_saved_again_while_it_lingers_counts_once():
+    account, tensor = ActivationAccount(), torch.ones(25)
+    reference = StorageWeakRef(tensor.untyped_storage())
+    for _ in range(3):  # in each micro-batch, while the user holds it
+        account.admit(100, 100, reference.cdata)
+        account.release(reference, 100)
+        account.dismiss(100)
+        account.settle()
+    assert (account.live_bytes, account.peak_live_bytes) == (100, 100)
+    del tensor
+    account.settle()
+    assert account.live_bytes == 0
+
+
+def test_what_two_records_release_of_one_storage_lingers_together():
+    account, tensor = ActivationAccount(), torch.ones(25)
+    reference = StorageWeakRef(tensor.untyped_storage())
+    account.admit(100, 100, reference.cdata)
+    account.release(reference, 100)
+    account.admit(0, 0, reference.cdata)  # at another version, while the first is alive
+    account.release(reference, 0)
+    assert account.live_bytes == 100
+    account.forgive()
     assert account.live_bytes == 0
