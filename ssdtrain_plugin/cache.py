@@ -223,7 +223,7 @@ class TensorCache:
             with self._lock:
                 self._ledger.counter.kept_bytes += tensor.nbytes if tensor.layout is torch.strided else 0
             return KeptTensor(tensor.detach(), version)
-        if (storage := tensor.untyped_storage()) in self._resident:
+        if (storage := tensor.untyped_storage()) in self._resident or self._resident.has_cast(tensor):
             return KeptTensor(tensor.detach(), version)
         with self._lock:
             self._drain()

@@ -36,6 +36,9 @@ SPAN_ALIGNMENT_BYTES = 4096
 # A view that spans less than this share of its storage is stored alone.
 WHOLE_STORAGE_SHARE = 0.25
 
+_LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
+_LOW_PRECISION_BYTES = 2
+
 _NO_BYTES = torch.empty(0)
 _CASTS_AND_VIEWS = frozenset(
     {
@@ -197,19 +200,24 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Tell whether a saved tensor is a weight. It arrives in three ways.
+    """Tell whether a saved tensor is a weight: the Parameter, or a view whose base is one (``weight.t()``).
 
-    As the Parameter; as a view whose base is one (``weight.t()``); or, under
-    autocast, as a low-precision copy, whose ``grad_fn`` leads through casts and
-    views to the ``AccumulateGrad`` of a Parameter. Storage pointers do not tell:
-    under ZeRO-3 they come and go.
+    Storage pointers do not tell: under ZeRO-3 they come and go. The third form, a copy
+    in another type, is for :meth:`ResidentStorages.has_cast`.
     """
     base = owner_of(tensor)
     kind = type(base)
     # Parameter's own isinstance runs Python code; most tensors are exactly Tensor.
-    if kind is Parameter or (kind is not Tensor and isinstance(base, Parameter)):
-        return True
-    node = base.grad_fn
+    return kind is Parameter or (kind is not Tensor and isinstance(base, Parameter))
+
+
+def _dims(tensor: Tensor) -> tuple[int, ...]:
+    """Get the sizes of a tensor in an order that transposing does not change."""
+    return tuple(sorted(tensor.shape))
+
+
+def _leads_to_parameter(tensor: Tensor) -> bool:
+    node = tensor.grad_fn
     if node is None or node.name() not in _CASTS_AND_VIEWS:
         return False
     while node is not None and node.name() in _CASTS_AND_VIEWS:
@@ -220,6 +228,13 @@ def is_parameter(tensor: Tensor) -> bool:
 class ResidentStorages:
     """Storages that live as long as the model and never move: parameters and buffers.
 
+    Note [Nodes that were looked at]. Once Python has seen the ``grad_fn`` of a tensor, torch
+    frees that node by recursion: a chain of some ten thousand, as a long recurrent loop
+    makes, then overflows the stack and kills the process. So ``grad_fn`` is read of
+    tensors only that look like the copy which autocast makes of a weight: of two bytes an
+    element, computed, and with the sizes of a parameter that has more. Whether autocast is
+    on cannot be asked: inside of the operator that saves, it is off.
+
     Threads:
         Not safe to change; safe to ask.
     """
@@ -227,6 +242,8 @@ class ResidentStorages:
     def __init__(self) -> None:
         """Start empty."""
         self._references: dict[int, StorageWeakRef] = {}
+        self._wide_dims: set[tuple[int, ...]] = set()
+        self._has_unknown_dims = False
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Remember the storages of some tensors.
@@ -235,9 +252,24 @@ class ResidentStorages:
             tensors: Any device and dtype; held weakly.
         """
         for tensor in tensors:
+            if isinstance(tensor, Parameter) and tensor.dtype.itemsize > _LOW_PRECISION_BYTES:
+                self._wide_dims.add(_dims(tensor))
+                self._has_unknown_dims |= not tensor.numel()  # a part of one, under ZeRO-3
             if is_plain(tensor):
                 storage = tensor.untyped_storage()
                 self._references[storage._cdata] = StorageWeakRef(storage)
+
+    def has_cast(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a low-precision copy of a weight, or a view of one, as autocast makes it.
+
+        Args:
+            tensor: Being saved. Its ``grad_fn`` then leads through casts and views to the
+                ``AccumulateGrad`` of a Parameter. See Note [Nodes that were looked at].
+        """
+        base = owner_of(tensor)
+        if not self._wide_dims or base.dtype not in _LOW_PRECISION or base.is_leaf:
+            return False
+        return (self._has_unknown_dims or _dims(base) in self._wide_dims) and _leads_to_parameter(base)
 
     def __contains__(self, storage: torch.UntypedStorage) -> bool:
         """Tell whether a storage was added."""

@@ -61,7 +61,8 @@ class SavedBytesMeter:
         if is_plain(tensor) and not is_parameter(tensor):
             storage = tensor.untyped_storage()
             # Its address is its name: the weak reference keeps it from being given to another one.
-            if storage not in self._resident and storage._cdata not in self._seen:
+            is_known = storage in self._resident or self._resident.has_cast(tensor)
+            if not is_known and storage._cdata not in self._seen:
                 self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.live_bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)

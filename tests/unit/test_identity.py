@@ -1,6 +1,10 @@
 """Which storage, which bytes of it, which counter, and is it a parameter?"""
 
 import gc
+import os
+import resource
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -25,12 +29,12 @@ from ssdtrain_plugin.identity import (
 )
 
 
-def saved_by(function):
-    """Pairs (tensor, is_parameter at pack) of what autograd saves."""
+def saved_by(function, question=is_parameter):
+    """Pairs (tensor, answer at pack) of what autograd saves."""
     seen = []
 
     def pack(tensor):
-        seen.append((tensor, is_parameter(tensor)))
+        seen.append((tensor, question(tensor)))
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda t: t):
@@ -54,27 +58,80 @@ def test_a_view_of_a_parameter_is_one(view):
     assert not is_parameter(view(torch.ones(4, 4, requires_grad=True)))
 
 
-def test_the_copy_that_autocast_makes_of_a_weight_is_one():
+def test_the_copy_that_autocast_makes_of_a_weight_is_known():
     linear, x = nn.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+    resident = ResidentStorages()
+    resident.add(linear.parameters())
 
     def run():
         with torch.autocast("cpu", torch.bfloat16):
             return linear(linear(x))
 
-    seen, _ = saved_by(run)
+    seen, _ = saved_by(run, resident.has_cast)
     copies = [tensor for tensor, found in seen if found]
     assert len(copies) >= 1
     assert all(tensor.dtype is torch.bfloat16 and tensor.shape == (4, 4) for tensor in copies)
     assert all(found == (tensor.shape == (4, 4)) for tensor, found in seen)
 
 
+def test_a_cast_of_a_weight_turned_round_or_in_parts_on_other_ranks_is_known():
+    weight = nn.Parameter(torch.ones(4, 8))
+    resident, partitioned = ResidentStorages(), ResidentStorages()
+    resident.add([weight])
+    partitioned.add([nn.Parameter(torch.empty(0))])  # as ZeRO-3 leaves it between its uses
+    for tensor in (weight.to(torch.bfloat16), weight.t().to(torch.float16), weight.to(torch.bfloat16).t()):
+        assert resident.has_cast(tensor)
+        assert partitioned.has_cast(tensor)
+
+
 def test_activations_computed_from_weights_are_not_parameters():
     weight = nn.Parameter(torch.ones(4, 4))
+    resident = ResidentStorages()
+    resident.add([weight])
     for tensor in (weight * 2, weight.exp().t(), weight @ weight, weight.sum(), weight.clone()):
         assert not is_parameter(tensor)
-    leaf = torch.ones(4, requires_grad=True)
-    assert not is_parameter(leaf.to(torch.bfloat16))
-    assert not is_parameter(torch.ones(4))
+        assert not resident.has_cast(tensor)
+        assert not resident.has_cast(tensor.to(torch.bfloat16))
+    leaf = torch.ones(4, 4, requires_grad=True)
+    assert not resident.has_cast(leaf.to(torch.bfloat16))
+    assert not resident.has_cast(torch.ones(4, 4))
+
+
+_LONG_CHAIN = """
+import torch
+from fakes import CacheRig, MemoryTier
+from torch.autograd.graph import saved_tensors_hooks
+
+precision = {precision}
+weight = torch.nn.Parameter(torch.ones(2, 2))
+with CacheRig(MemoryTier(), min_tensor_bytes=1 << 20) as rig, saved_tensors_hooks(rig.cache.put, rig.cache.get):
+    rig.cache.keep_resident([weight])
+    x = torch.ones(3, 2)
+    with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+        x = torch.nn.functional.linear(x, weight)
+        for _ in range(80_000):
+            x = x.tanh()
+    assert x.dtype is precision
+    del x
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_very_long_chain_can_be_freed(precision):
+    done = subprocess.run(
+        [sys.executable, "-c", _LONG_CHAIN.format(precision=precision)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=_without_core_file,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr}"
+
+
+def _without_core_file():
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
