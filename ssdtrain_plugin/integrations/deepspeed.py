@@ -127,9 +127,14 @@ def read_block(config: object) -> OffloadConfig | None:
         The options, or None if there is no block.
 
     Raises:
-        ConfigError: Lists every fault of the block.
+        ConfigError: Lists every fault of the block, or the sections in which it was put by mistake.
     """
     parsed, source = _parse(config)
+    if misplaced := list(_misplaced(parsed)):
+        problems = [f"{place}: DeepSpeed does not look there (expected at the top level)" for place in misplaced]
+        raise ConfigError(
+            source, problems, hint=f'move the "{BLOCK}" block out of the section, beside "zero_optimization"'
+        )
     if BLOCK not in parsed:
         for key in map(str, parsed):
             if BLOCK in key.lower() or difflib.SequenceMatcher(None, BLOCK, key.lower()).ratio() > 0.7:
@@ -143,6 +148,15 @@ def read_block(config: object) -> OffloadConfig | None:
     if "host_bytes" in block:
         defaults.pop("paths", None)  # host memory alone was asked for
     return check({**defaults, **block}, source=source, local_rank=find_local_rank())
+
+
+def _misplaced(parsed: Mapping[str, Any], *sections: str) -> Iterator[str]:
+    """Find blocks that stand inside of other sections, where they would be ignored without a word."""
+    for key, value in parsed.items():
+        if sections and key == BLOCK:
+            yield ".".join((*sections, key))
+        elif isinstance(value, Mapping) and key != BLOCK:
+            yield from _misplaced(value, *sections, str(key))
 
 
 def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:

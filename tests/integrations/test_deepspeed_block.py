@@ -88,6 +88,24 @@ def test_all_faults_are_listed_at_once(fault, tmp_path):
     assert "hint: " in message
 
 
+@pytest.mark.parametrize("section", ["zero_optimization", "activation_checkpointing"])
+def test_a_block_in_another_section_is_a_fault_that_names_the_place(built, tmp_path, section):
+    config = {**ENGINE_OPTIONS, section: {"ssdtrain": {"paths": [str(tmp_path)]}}}
+    with pytest.raises(ConfigError) as caught:
+        ssdtrain_ds.initialize(model=nn.Linear(1, 1), config=config)
+    message = str(caught.value)
+    assert f"{section}.ssdtrain: DeepSpeed does not look there (expected at the top level)" in message
+    assert 'hint: move the "ssdtrain" block' in message
+    assert built == []
+
+
+def test_a_block_deep_in_another_section_is_a_fault_even_beside_a_good_one(tmp_path):
+    block = {"paths": [str(tmp_path)]}
+    config = {**ENGINE_OPTIONS, "ssdtrain": block, "zero_optimization": {"offload_param": {"ssdtrain": block}}}
+    with pytest.raises(ConfigError, match=r"zero_optimization\.offload_param\.ssdtrain: "):
+        ssdtrain_ds.read_block(config)
+
+
 @pytest.mark.parametrize("option", ["disk_bytes", "max_inflight_bytes", "prefetch_bytes"])
 def test_a_budget_of_zero_is_a_fault(fault, tmp_path, option):
     assert f"{option}: 0 (expected greater than 0)" in fault({"paths": [str(tmp_path)], option: 0})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, make_viewless_tensor
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import StateError
@@ -51,6 +52,7 @@ class MegatronOffload:
         config: Checked by :func:`ssdtrain_plugin.preflight.check`.
 
     Attributes:
+        config: As given.
         offloader: Made when the first training step begins; None before.
 
     Threads:
@@ -60,10 +62,11 @@ class MegatronOffload:
     def __init__(self, config: OffloadConfig) -> None:
         """Take the places; nothing else is built before the first training step."""
         self.offloader: Offloader | None = None
-        self._config = config
+        self.config = config
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._passes: ScheduledPasses | None = None
-        self._slots: dict[int, tuple[Any, Any]] = {}
+        # Weak, for a schedule of somebody's own may number no micro-batch and run its backward without us.
+        self._slots = WeakTensorKeyDictionary()
         # Of the schedule that is running; None while that is none of Megatron's own.
         self._is_training: bool | None = None
         self._has_regions = False
@@ -140,7 +143,7 @@ class MegatronOffload:
             buffers = (buffer for _, buffer in chunk.named_buffers())
             self.offloader.cache.keep_resident((*chunk.parameters(), *buffers))
             self._models.add(chunk)
-        self._has_regions = offers_regions_only(get_model_config(chunks[0]), self._config)
+        self._has_regions = offers_regions_only(get_model_config(chunks[0]), self.config)
         return self.offloader, self._passes
 
     def _build(self, chunks: list[nn.Module]) -> Offloader:
@@ -148,10 +151,10 @@ class MegatronOffload:
         device = next((parameter.device for chunk in chunks for parameter in chunk.parameters()), torch.device("cpu"))
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         speaks = _speaks(rank)
-        line = describe_regions(get_model_config(chunks[0]), self._config)
+        line = describe_regions(get_model_config(chunks[0]), self.config)
         logger.log(logging.INFO if speaks else logging.DEBUG, "ssdtrain: rank %d: %s", rank, line)
         offloader = build(
-            self._config, device=device, rank=rank, speaks=speaks, ends_steps_itself=False, lookahead_events=1
+            self.config, device=device, rank=rank, speaks=speaks, ends_steps_itself=False, lookahead_events=1
         )
         offloader.on_step(write_metrics)
         return offloader
@@ -166,9 +169,10 @@ class MegatronOffload:
             return inner(*args, **kwargs)
         with self._known_passes().forward(slot, offers_all=not self._has_regions):
             result = inner(*args, **kwargs)
-        output = result[0]
-        # Megatron gives this very object to `backward_step`, also after it has emptied the tensor.
-        self._slots[id(output)] = slot, output
+        output = _tensor_of(result[0])
+        if output is not None:
+            # Megatron gives this very object to `backward_step`, also after it has emptied the tensor.
+            self._slots[output] = slot
         return result
 
     def _begin_unknown(self, model: nn.Module | list[nn.Module], slot: tuple[int, int | None]) -> None:
@@ -188,8 +192,8 @@ class MegatronOffload:
         return self._passes
 
     def _backward(self, inner: Function, *args: Any, **kwargs: Any) -> Any:
-        output = kwargs["output_tensor"] if "output_tensor" in kwargs else args[1]
-        slot, _ = self._slots.pop(id(output), (None, None))
+        output = _tensor_of(kwargs["output_tensor"] if "output_tensor" in kwargs else args[1])
+        slot = None if output is None else self._slots.pop(output, None)
         if slot is None or self._passes is None:
             return inner(*args, **kwargs)
         with self._passes.backward(slot):
@@ -209,6 +213,15 @@ class MegatronOffload:
             return inner(function, distribute_saved_activations, *args)
         with hooks.region():
             return function(*args)
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    """Find the tensor by which an output of a stage is known: itself, or its first one."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return next((found for found in map(_tensor_of, output) if found is not None), None)
+    return output if isinstance(output, Tensor) else None
 
 
 def _speaks(rank: int) -> bool:

@@ -51,17 +51,32 @@ def enable(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> 
         settings: Parsed flags of :func:`add_args`, or the options themselves.
 
     Returns:
-        What undoes it, or None if nothing was switched on. A second call returns the first's.
+        What undoes it, or None if nothing was switched on. A second call returns the
+        first's, if it says the same or nothing.
 
     Raises:
-        ConfigError: An option is wrong, a path cannot be used, or something of Megatron's
-            settings cannot be combined with offloading; all are listed.
+        ConfigError: An option is wrong, a path cannot be used, something of Megatron's
+            settings cannot be combined with offloading, or an earlier call said something
+            else; all are listed.
     """
-    present = enabled()
+    present, config = enabled(), _read(settings)
     if present is not None:
+        if config is not None:
+            _refuse_others(config, present.config)
         return present
-    config = _read(settings)
     return None if config is None or not config.enabled else MegatronOffload(config)
+
+
+def _refuse_others(config: OffloadConfig, present: OffloadConfig) -> None:
+    """Refuse options that differ from those that are in force."""
+    problems = [
+        f"{name}: {getattr(config, name)!r} (expected {getattr(present, name)!r}, which is in force)"
+        for name in OffloadConfig.model_fields
+        if getattr(config, name) != getattr(present, name)
+    ]
+    if problems:
+        hint = "enable once; to change options, call `disable()` on what the first `enable` returned"
+        raise ConfigError("a second `enable`", problems, hint=hint)
 
 
 def _read(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> OffloadConfig | None:
