@@ -33,7 +33,7 @@ export HOME := $(CURDIR)/.cache/home
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults soak megatron lint type format docs bench clean compiler
+.PHONY: help install demo test test-all test-faults soak megatron lint type format docs bench clean compiler
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -74,11 +74,16 @@ $(MEGATRON_STAMP): setup.py
 megatron: $(if $(MEGATRON_PYTHON),$(MEGATRON_STAMP)) ## Create .venv-megatron with the newest megatron-core, if there is a Python 3.12.
 	@$(if $(MEGATRON_PYTHON),,echo 'no Python 3.12 here: the tests of the newest megatron-core will be skipped')
 
-test: export SSDTRAIN_MEGATRON_PYTHON ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/.venv-megatron/bin/python)
-test: export SSDTRAIN_MEGATRON_017 ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/$(MEGATRON_017))
-test: compiler lint type megatron ## Lint, types and all tests in random order.
+test test-all: export SSDTRAIN_MEGATRON_PYTHON ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/.venv-megatron/bin/python)
+test test-all: export SSDTRAIN_MEGATRON_017 ?= $(if $(MEGATRON_PYTHON),$(CURDIR)/$(MEGATRON_017))
+test: compiler lint type megatron ## Lint, types and the tests, in random order (what CI runs).
 	@$(BIN)/python tools/build_aio.py
 	@$(BIN)/python -m pytest -p randomly $(PYTEST_ARGS)
+
+test-all: export SSDTRAIN_KILLS ?= 20
+test-all: export SSDTRAIN_PRETRAIN_STEPS ?= 20
+test-all: PYTEST_ARGS += -m ""
+test-all: test ## The same with every combination of parameters, and full counts (an hour).
 
 test-faults: compiler $(STAMP) ## Run every fault under every host, write the table of docs/operations.md (ten minutes).
 	@$(BIN)/python tools/fault_table.py

@@ -18,6 +18,7 @@ import torch
 from fake_kvikio import DeviceTensor, FakeKvikio
 
 from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
+from ssdtrain_plugin.storage import drive
 from ssdtrain_plugin.storage.aio import aio_problem
 from ssdtrain_plugin.storage.drive import DriveTier
 from ssdtrain_plugin.storage.engines import open_drive
@@ -183,9 +184,31 @@ def test_bytes_come_back_through_arena_tensors(bench, nbytes):
     assert torch.equal(bench.load(extent, bench.arena.tensor(nbytes).zero_()), source)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ssd-direct", "ssd-late-device", *ENGINES, "striped", "throttled", "host"])
+MAX_RW_COUNT = 0x7FFFF000
+"""The most that Linux moves in one call: less was moved than asked for, and no error said so."""
+MANY_CALLS = ["ssd-direct", "ssd-late-device", *ENGINES, "striped", "throttled", "host"]
+
+
+def test_no_call_asks_for_more_than_the_kernel_moves():
+    assert 4096 <= drive._CALL_BYTES <= MAX_RW_COUNT
+
+
+@pytest.mark.parametrize("kind", MANY_CALLS)
 def test_more_than_one_system_call(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(drive, "_CALL_BYTES", 8 * MIB)
+    bench = build(kind, tmp_path, monkeypatch)
+    try:
+        source = bench.arena.tensor(24 * MIB + 1).copy_(pattern(24 * MIB + 1, 2))
+        extent = bench.store(source)
+        assert torch.equal(bench.load(extent, bench.arena.tensor(24 * MIB + 1)), source)
+    finally:
+        bench.close()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", MANY_CALLS)
+def test_more_bytes_than_one_call_takes(kind, tmp_path, monkeypatch):
     nbytes = GIB + 1
     bench = build(kind, tmp_path, monkeypatch, 4 * GIB)
     try:

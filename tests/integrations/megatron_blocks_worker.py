@@ -1,6 +1,7 @@
-"""One rank that runs the checks of a module; each says nothing, or why it was skipped, or how it failed.
+"""One rank that runs the checks of some modules; each says nothing, or why it was skipped, or how it failed.
 
-``megatron_blocks_worker.py MODULE DIRECTORY`` writes ``DIRECTORY/rank<N>.json``: what was said, by name of the check.
+``megatron_blocks_worker.py MODULE[,MODULE ...] DIRECTORY`` writes ``DIRECTORY/rank<N>.json``: what was said, by
+``MODULE.CHECK``.
 """
 
 import gc
@@ -27,6 +28,10 @@ def layout_of(check):
     return getattr(check, "layout", (1, 1, None))
 
 
+def name_of(check):
+    return f"{check.__module__}.{check.__name__}"
+
+
 def run(check, directory):
     """Run one check in the layout of now.
 
@@ -36,7 +41,7 @@ def run(check, directory):
     """
     from megatron_checks import Skip
 
-    own = Path(directory) / f"{check.__name__}-{torch.distributed.get_rank()}"
+    own = Path(directory) / f"{name_of(check)}-{torch.distributed.get_rank()}"
     own.mkdir()
     before = places()
     try:
@@ -63,18 +68,21 @@ def run_all(checks, directory):
         parallel_state.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp)
         for check in checks:
             if layout_of(check) == layout:
-                results[check.__name__] = run(check, directory)
+                results[name_of(check)] = run(check, directory)
         parallel_state.destroy_model_parallel()
     return results
 
 
-def main(module, directory):
+def checks_of(module):
+    return [check for name, check in vars(importlib.import_module(module)).items() if name.startswith("check_")]
+
+
+def main(modules, directory):
     megatron_shim.limit_address_space()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     megatron_shim.install(streams=True)
-    checks = [check for name, check in vars(importlib.import_module(module)).items() if name.startswith("check_")]
-    results = run_all(checks, directory)
+    results = run_all([check for module in modules.split(",") for check in checks_of(module)], directory)
     (Path(directory) / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

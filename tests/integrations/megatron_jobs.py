@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import REPOSITORY, free_port, run
+from processes import EAGER, REPOSITORY, free_port, run
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "megatron_pretrain_gpt.py"
@@ -17,7 +17,8 @@ NEWEST = os.environ.get("SSDTRAIN_MEGATRON_PYTHON")
 RELEASE_017 = os.environ.get("SSDTRAIN_MEGATRON_017")
 THROUGH = ["-m", "ssdtrain_plugin.run"]
 
-STEPS, MICROBATCHES, EVALUATED_EVERY = 20, 4, 8
+STEPS = int(os.environ.get("SSDTRAIN_PRETRAIN_STEPS", "10"))
+MICROBATCHES, EVALUATED_EVERY = 4, 8
 MIB = 2**20
 INFLIGHT_BYTES, PREFETCH_BYTES = MIB // 2, MIB
 
@@ -53,6 +54,7 @@ class Job:
             newest megatron-core in its own interpreter, under torchrun.
         script: Started with the plugin.
         is_through_run: Whether it is started through ``ssdtrain_plugin.run``.
+        compiles: Whether Megatron compiles its small functions, as it does by itself; it doubles the time of a start.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Job:
     is_017: bool = False
     script: Path = SCRIPT
     is_through_run: bool = True
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,10 @@ class Result:
         return _ITERATION.findall(self.output), _EVALUATION.findall(self.output)
 
 
-def variables(is_017=False):
+def variables(is_017=False, compiles=False):
     paths = [RELEASE_017, REPOSITORY] if is_017 else [REPOSITORY]
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    common = {} if compiles else EAGER
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths)), **common}
 
 
 def plugin_flags(directory):
@@ -111,7 +115,7 @@ def train_without(job, directory):
     """Train with the unchanged script."""
     launcher = torchrun(sys.executable if job.is_017 else NEWEST, job.num_ranks)
     command = [*launcher, SCRIPT, *FLAGS, *job.flags]
-    return Result(*run(command, directory / "log", timeout_seconds=200, **variables(job.is_017)))
+    return Result(*run(command, directory / "log", timeout_seconds=200, **variables(job.is_017, job.compiles)))
 
 
 def train_with(job, directory):
@@ -119,7 +123,7 @@ def train_with(job, directory):
     launcher = _deepspeed(job.num_ranks) if job.is_017 else torchrun(NEWEST, job.num_ranks)
     through = (["--module", THROUGH[1]] if job.is_017 else THROUGH) if job.is_through_run else []
     command = [*launcher, *through, job.script, *FLAGS, *job.flags, *plugin_flags(directory)]
-    code, output = run(command, directory / "log", timeout_seconds=200, **variables(job.is_017))
+    code, output = run(command, directory / "log", timeout_seconds=200, **variables(job.is_017, job.compiles))
     files = sorted((directory / "stats").glob("rank*.jsonl"), key=lambda file: int(file.stem.removeprefix("rank")))
     steps = tuple([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     return Result(code, output, steps, tuple(os.listdir(directory / "drive")))

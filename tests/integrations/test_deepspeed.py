@@ -2,12 +2,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from deepspeed_cases import PIPELINE, PLAIN
-from processes import run_ranks
+from processes import DEEPSPEED, fork_ranks
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.deepspeed, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -22,7 +21,7 @@ class Suite:
 
     def __init__(self, name, directory):
         # The first start compiles an operator of DeepSpeed if the cache is cold.
-        self.logs = run_ranks([sys.executable, WORKER, name, directory], directory, timeout_seconds=360)
+        self.logs = fork_ranks(WORKER, [name, directory], directory, imports=DEEPSPEED, timeout_seconds=360)
         self._ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in RANKS]
 
     def __call__(self, rank, case):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from megatron_cases import SUITES
-from processes import run_ranks
+from processes import EAGER, MEGATRON, fork_ranks
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.megatron, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -38,7 +38,9 @@ def suites(request, tmp_path_factory):
             found[name] = None  # a suite that fails is not launched again by every test of it
             num_ranks, cases = SUITES[name]
             directory = tmp_path_factory.mktemp(name)
-            run_ranks([request.param, WORKER, name, directory], directory, num_ranks=num_ranks, timeout_seconds=400)
+            options = {"python": request.param, "num_ranks": num_ranks, "imports": MEGATRON}
+            options |= EAGER if num_ranks > 1 else {}
+            fork_ranks(WORKER, [name, directory], directory, timeout_seconds=400, **options)
             ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
             names = [*(case.name for case in cases), "places_are_given_back"]
             found[name] = {case: [rank[case] for rank in ranks] for case in names}

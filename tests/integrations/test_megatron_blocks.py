@@ -8,18 +8,17 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run_ranks
+from processes import EAGER, MEGATRON, fork_ranks
 from test_megatron import PYTHONS
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.megatron, pytest.mark.slow, pytest.mark.timeout(500)]
 
 HERE = Path(__file__).parent
-NUM_RANKS = {
-    "megatron_checks_schedules": 1,
-    "megatron_checks_blocks": 1,
-    "megatron_checks_parts": 1,
-    "megatron_checks_stages": 2,
+# Modules with checks, by the number of ranks that they need. All that need as many share a job.
+MODULES = {
+    1: ["megatron_checks_schedules", "megatron_checks_blocks", "megatron_checks_parts"],
+    2: ["megatron_checks_stages"],
 }
 
 
@@ -31,26 +30,31 @@ def _checks(module):
 
 @pytest.fixture(scope="module", params=PYTHONS)
 def results(request, tmp_path_factory):
-    """Run the checks of a module when the first test asks for them; give what each rank said."""
+    """Run the checks for so many ranks when the first test asks for them; give what each rank said."""
     found = {}
 
-    def get(module):
-        if module not in found:
-            directory = tmp_path_factory.mktemp(module)
-            command = [request.param, HERE / "megatron_blocks_worker.py", module, directory]
-            run_ranks(command, directory, num_ranks=NUM_RANKS[module], timeout_seconds=400)
-            found[module] = [json.loads(path.read_text()) for path in sorted(directory.glob("rank*.json"))]
-        return found[module]
+    def get(num_ranks):
+        if num_ranks not in found:
+            found[num_ranks] = None  # a job that fails is not launched again by every test of it
+            directory = tmp_path_factory.mktemp("checks")
+            arguments = [",".join(MODULES[num_ranks]), directory]
+            options = {"python": request.param, "num_ranks": num_ranks, "imports": MEGATRON}
+            options |= EAGER if num_ranks > 1 else {}
+            fork_ranks(HERE / "megatron_blocks_worker.py", arguments, directory, timeout_seconds=400, **options)
+            found[num_ranks] = [json.loads(path.read_text()) for path in sorted(directory.glob("rank*.json"))]
+        assert found[num_ranks] is not None, "the job failed before"
+        return found[num_ranks]
 
     return get
 
 
 @pytest.mark.parametrize(
-    ("module", "check"), [(module, check) for module in NUM_RANKS for check in _checks(module)], ids=lambda name: name
+    ("num_ranks", "module", "check"),
+    [(number, module, check) for number, modules in MODULES.items() for module in modules for check in _checks(module)],
 )
-def test_megatron(results, module, check):
-    for rank in results(module):
-        said = rank[check]
+def test_megatron(results, num_ranks, module, check):
+    for rank in results(num_ranks):
+        said = rank[f"{module}.{check}"]
         if "skipped" in said:
             pytest.skip(said["skipped"])
         assert "failed" not in said, said["failed"]

@@ -1,18 +1,19 @@
 """What the full-recompute flags of Megatron save, the plugin saves under the same flags, and no layer runs twice.
 
-One process a variant. ``SSDTRAIN_MEMORY_ROUNDS=5 pytest -s`` runs the variants in turns, five times, and prints the
-table of the medians; times are printed and never judged.
+One process a variant, two at a time. ``SSDTRAIN_MEMORY_ROUNDS=5 pytest -s`` runs the variants in turns, five times,
+alone, and prints the table of the medians; times are printed and never judged.
 """
 
 import json
 import os
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from megatron_memory_worker import LAYERS, MIB, VARIANTS
-from processes import run_ranks
+from processes import EAGER, run_ranks
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.megatron, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -34,12 +35,17 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory):
     """What each variant reported, in turns: a list by name."""
+
+    def train(name):
+        directory = directories.pop()
+        run_ranks([sys.executable, WORKER, name, directory], directory, num_ranks=1, timeout_seconds=300, **EAGER)
+        return name, json.loads((directory / "rank0.json").read_text())
+
+    directories = [tmp_path_factory.mktemp("memory") for _ in range(ROUNDS * len(VARIANTS))]
     found = {name: [] for name in VARIANTS}
-    for _ in range(ROUNDS):
-        for name in VARIANTS:
-            directory = tmp_path_factory.mktemp(name)
-            run_ranks([sys.executable, WORKER, name, directory], directory, num_ranks=1, timeout_seconds=300)
-            found[name].append(json.loads((directory / "rank0.json").read_text()))
+    with ThreadPoolExecutor(2 if ROUNDS == 1 else 1) as pool:
+        for name, result in pool.map(train, list(VARIANTS) * ROUNDS):
+            found[name].append(result)
     return found
 
 

@@ -55,15 +55,22 @@ def _why_no_017():
 needs_newest = pytest.mark.skipif(not NEWEST, reason="SSDTRAIN_MEGATRON_PYTHON is not set")
 needs_017 = [pytest.mark.skipif(bool(_why_no_017()), reason=_why_no_017()), pytest.mark.deepspeed]
 
-JOBS = [
+# Each release, each way in, and each of the two together with the newest release.
+BY_FLAGS = Job("PP2 x TP2, full recompute flags", 4, (*PP2, *TP2, *FULL))
+BY_DOOR = Job("PP2, door", 2, (*PP2,), script=DOOR, is_through_run=False, compiles=True)
+JOBS = [BY_FLAGS, BY_DOOR, Job("PP2, 0.17, deepspeed", 2, (*PP2,), is_017=True)]
+MORE_JOBS = [
     Job("PP2", 2, (*PP2,)),
-    Job("PP2 x TP2, full recompute flags", 4, (*PP2, *TP2, *FULL)),
-    Job("PP2, door", 2, (*PP2,), script=DOOR, is_through_run=False),
-    Job("PP2, 0.17, deepspeed", 2, (*PP2,), is_017=True),
     Job("PP2, 0.17, deepspeed, door", 2, (*PP2,), is_017=True, script=DOOR, is_through_run=False),
 ]
+
+
+def _param(job, *marks):
+    return pytest.param(job, id=job.name, marks=[*(needs_017 if job.is_017 else [needs_newest]), *marks])
+
+
 each_job = pytest.mark.parametrize(
-    "job", [pytest.param(job, id=job.name, marks=needs_017 if job.is_017 else needs_newest) for job in JOBS]
+    "job", [*map(_param, JOBS), *(_param(job, pytest.mark.exhaustive) for job in MORE_JOBS)]
 )
 
 
@@ -73,7 +80,7 @@ def without(tmp_path_factory):
     found = {}
 
     def get(job):
-        key = job.flags, job.is_017
+        key = job.flags, job.is_017, job.compiles
         if key not in found:
             found[key] = train_without(job, tmp_path_factory.mktemp("without"))
             assert found[key].code == 0, found[key].output[-8000:]
@@ -138,20 +145,21 @@ def test_nothing_is_left(with_plugin, job):
 
 @needs_newest
 def test_a_table_shows_bytes_peak_and_stall_of_every_rank(with_plugin):
-    results = {job.name: with_plugin(job) for job in JOBS if not job.is_017}
+    jobs = [BY_FLAGS, BY_DOOR]
+    results = {job.name: with_plugin(job) for job in jobs}
     table = table_of(results)
     sys.stdout.write(f"\n{table}\n")
     lines = table.splitlines()[2:]
-    assert len(lines) == sum(job.num_ranks for job in JOBS if not job.is_017)
+    assert len(lines) == sum(job.num_ranks for job in jobs)
     assert all(re.fullmatch(r"\| [^|]+ \| \d( \| \d+\.\d\d){3} \| \d+% \| \d+\.\d \| 0 \|", line) for line in lines)
 
 
 @needs_newest
 def test_the_log_says_what_the_recompute_flags_mean_now(with_plugin):
-    output = with_plugin(JOBS[1]).output
+    output = with_plugin(BY_FLAGS).output
     line = f"{' '.join(FULL)}: these layers are offloaded, none is recomputed, and the rest is kept"
     assert output.count(line) == 2, "one voice a stage"
-    assert "no --recompute-granularity: all that forward saves may be offloaded" in with_plugin(JOBS[0]).output
+    assert "no --recompute-granularity: all that forward saves may be offloaded" in with_plugin(BY_DOOR).output
 
 
 # ---------------------------------------------------------------------- flags that cannot be obeyed

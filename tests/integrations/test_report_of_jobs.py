@@ -4,12 +4,11 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import browser
 import pytest
-from processes import environment, run_ranks
+from processes import DEEPSPEED, MEGATRON, environment, fork_ranks
 from report_checks import check_page, events_of, lines
 from typer.testing import CliRunner
 
@@ -35,7 +34,8 @@ METRICS = (
 def job(request, tmp_path_factory):
     pytest.importorskip({"deepspeed": "deepspeed", "megatron": "megatron.core"}[request.param])
     directory = tmp_path_factory.mktemp(request.param)
-    run_ranks([sys.executable, WORKER, request.param, directory], directory, timeout_seconds=300)
+    imports = {"deepspeed": DEEPSPEED, "megatron": MEGATRON}[request.param]
+    fork_ranks(WORKER, [request.param, directory], directory, imports=imports, timeout_seconds=300)
     arguments = ["report", directory / "run", "--output", directory / "page.html", "--trace", directory / "trace.json"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
