@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,12 +102,49 @@ def deleted_and_open(directory):
     return held
 
 
+def left_in(directory):
+    return found(directory), deleted_and_open(directory)
+
+
+def end_and_look(directory, way):
+    return *run(way, directory), left_in(directory)
+
+
+def end_with_names_and_clean(directory, way):
+    ended = *run(way, directory, names=True), found(directory)
+    cleaned = (*run("clean", directory, names=True), found(directory)) if way in AT_ONCE else None
+    return ended, cleaned
+
+
+def kill_and_clean(directory, number):
+    killed = *run("killed", directory, number), left_in(directory)
+    return killed, (*run("clean", directory), left_in(directory))
+
+
+@pytest.fixture(scope="module")
+def ended(request, tmp_path_factory):
+    """Run what all tests of this session want, two at a time: it is mostly the import of torch. A future by test."""
+    jobs = {
+        "test_a_process_leaves_nothing": end_and_look,
+        "test_where_files_need_names_the_next_run_removes_those_of_the_dead": end_with_names_and_clean,
+        "test_killed_inside_of_a_transfer": kill_and_clean,
+    }
+    pool = ThreadPoolExecutor(2)
+    yield {
+        item.nodeid: pool.submit(
+            jobs[item.originalname], tmp_path_factory.mktemp("ending"), *item.callspec.params.values()
+        )
+        for item in request.session.items
+        if item.path == request.path
+    }
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("way", ENDINGS)
-def test_a_process_leaves_nothing(tmp_path, way):
-    code, errors = run(way, tmp_path)
+def test_a_process_leaves_nothing(ended, request, way):
+    code, errors, left = ended[request.node.nodeid].result()
     assert code == ENDINGS[way], errors
-    assert found(tmp_path) == []
-    assert deleted_and_open(tmp_path) == []
+    assert left == ([], [])
     if way == "exception":
         assert errors.rstrip().endswith("UsersOwnError: this is what the user must see"), errors
         assert errors.count("Traceback") == 1, errors
@@ -119,14 +157,14 @@ def test_a_process_leaves_nothing(tmp_path, way):
 
 
 @pytest.mark.parametrize("way", ["exit", "exception", "SIGINT", "_exit", "SIGKILL", "fork"])
-def test_where_files_need_names_the_next_run_removes_those_of_the_dead(tmp_path, way):
-    code, errors = run(way, tmp_path, names=True)
+def test_where_files_need_names_the_next_run_removes_those_of_the_dead(ended, request, way):
+    (code, errors, left), cleaned = ended[request.node.nodeid].result()
     assert code == ENDINGS[way], errors
-    assert len(found(tmp_path)) == (2 if way in AT_ONCE else 0), "our folder, and one file in it"
+    assert len(left) == (2 if way in AT_ONCE else 0), "our folder, and one file in it"
     if way in AT_ONCE:
-        code, errors = run("clean", tmp_path, names=True)
+        code, errors, left = cleaned
         assert code == 0, errors
-        assert found(tmp_path) == []
+        assert left == []
 
 
 def seeded_kills():
@@ -136,12 +174,11 @@ def seeded_kills():
 
 
 @pytest.mark.parametrize("number", seeded_kills())
-def test_killed_inside_of_a_transfer(tmp_path, number):
+def test_killed_inside_of_a_transfer(ended, request, number):
     """1. Training is killed while half of a write, or of a read, is done. 2. The next run starts clean."""
-    code, errors = run("killed", tmp_path, number)
+    (code, errors, left), cleaned = ended[request.node.nodeid].result()
     assert code == -signal.SIGKILL, errors
-    assert found(tmp_path) == []
-    assert deleted_and_open(tmp_path) == []
-    code, errors = run("clean", tmp_path)
+    assert left == ([], [])
+    code, errors, left = cleaned
     assert code == 0, errors
-    assert found(tmp_path) == []
+    assert left == ([], [])

@@ -35,7 +35,7 @@ def launch(directory, stages, block, *plugin):
     return output, [json.loads((directory / f"rank{rank}.json").read_text())["losses"] for rank in range(stages)]
 
 
-@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_each_stage_plans_for_itself_and_finds_what_it_needs(tmp_path, stages):
     drive, stats = tmp_path / "drive{local_rank}", tmp_path / "stats"
     for rank in range(stages):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import run
+from processes import EAGER, run
 
 pytest.importorskip("megatron.core")
 
@@ -73,7 +73,7 @@ SINCE_0_17 = {"gdn_norm_out", "graph_full_iteration", "paged_stash"}
 @pytest.fixture(scope="module", params=PYTHONS)
 def found(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("settings")
-    code, text = run([request.param, WORKER, directory / "found.json"], directory / "log", timeout_seconds=250)
+    code, text = run([request.param, WORKER, directory / "found.json"], directory / "log", timeout_seconds=250, **EAGER)
     assert code == 0, text
     return json.loads((directory / "found.json").read_text())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from processes import DEEPSPEED, MEGATRON, environment, fork_ranks
+from processes import DEEPSPEED, EAGER, MEGATRON, environment, fork_ranks
 from report_checks import check_page, events_of, lines
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ def job(request, tmp_path_factory):
     pytest.importorskip({"deepspeed": "deepspeed", "megatron": "megatron.core"}[request.param])
     directory = tmp_path_factory.mktemp(request.param)
     imports = {"deepspeed": DEEPSPEED, "megatron": MEGATRON}[request.param]
-    fork_ranks(WORKER, [request.param, directory], directory, imports=imports, timeout_seconds=300)
+    fork_ranks(WORKER, [request.param, directory], directory, imports=imports, timeout_seconds=300, **EAGER)
     arguments = ["report", directory / "run", "--output", directory / "page.html", "--trace", directory / "trace.json"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
@@ -151,7 +151,7 @@ write_metrics(stats)
 @pytest.mark.skipif(not NEWEST, reason="SSDTRAIN_MEGATRON_PYTHON is not set")
 def test_megatrons_writer_gets_the_numbers_over_its_own_iterations():
     done = subprocess.run(
-        [NEWEST, "-c", _MEGATRON], capture_output=True, text=True, timeout=120, env=environment(), check=False
+        [NEWEST, "-c", _MEGATRON], capture_output=True, text=True, timeout=120, env=environment(**EAGER), check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     written = [line for line in done.stdout.splitlines() if line.startswith("Train/ssdtrain/")]
