@@ -90,3 +90,11 @@ EIGHT = [
 ]
 
 SUITES = {"one": (1, ONE), "two": (2, TWO), "four": (4, FOUR), "eight": (8, EIGHT)}
+
+# Also on the newest release in `make test`: each model, each kind of layout, each kind of recomputation once.
+NEWEST_TOO = {
+    *("gpt_dropout", "gpt_bf16", "gpt_full_block", "gpt_full_uniform", "gpt_core_attention", "gpt_mtp"),
+    *("bert", "t5_full"),
+    *("pp2", "pp2_full", "pp2_vpp2", "tp2_sequence_parallel", "tp2_distributed_saves", "dp2"),
+    *("pp4_vpp2_full", "tp2_pp2"),
+}

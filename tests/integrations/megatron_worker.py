@@ -1,6 +1,6 @@
 """One rank of a job that trains small models of megatron-core in turn, each without and with the plugin.
 
-``megatron_worker.py SUITE DIRECTORY`` writes ``DIRECTORY/rank<N>.json``: the results of every case of a suite.
+``megatron_worker.py SUITE DIRECTORY CASE ...`` writes ``DIRECTORY/rank<N>.json``: the results of cases of a suite.
 """
 
 import gc
@@ -82,7 +82,7 @@ def taken_places():
     return [getattr(schedules, name) for name in names] + [tensor_parallel.checkpoint]
 
 
-def main(suite, directory):
+def main(suite, directory, *names):
     megatron_shim.limit_address_space()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -91,7 +91,7 @@ def main(suite, directory):
 
     results = {}
     before = taken_places()
-    for case in SUITES[suite][1]:
+    for case in [case for case in SUITES[suite][1] if case.name in names]:
         tp, pp, vpp = case.layout
         parallel_state.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp)
         tier = Path(directory) / f"{case.name}-{torch.distributed.get_rank()}"

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import EAGER, MEGATRON, fork_ranks
-from test_megatron import PYTHONS
+from megatron_launches import Launches, asked_for, each_release, start
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.megatron, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -28,32 +27,28 @@ def _checks(module):
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
 
-@pytest.fixture(scope="module", params=PYTHONS)
+@pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """Run the checks for so many ranks when the first test asks for them; give what each rank said."""
-    found = {}
+    """Give what each rank said of the checks for so many ranks."""
 
-    def get(num_ranks):
-        if num_ranks not in found:
-            found[num_ranks] = None  # a job that fails is not launched again by every test of it
-            directory = tmp_path_factory.mktemp("checks")
-            arguments = [",".join(MODULES[num_ranks]), directory]
-            options = {"python": request.param, "num_ranks": num_ranks, "imports": MEGATRON}
-            options |= EAGER if num_ranks > 1 else {}
-            fork_ranks(HERE / "megatron_blocks_worker.py", arguments, directory, timeout_seconds=400, **options)
-            found[num_ranks] = [json.loads(path.read_text()) for path in sorted(directory.glob("rank*.json"))]
-        assert found[num_ranks] is not None, "the job failed before"
-        return found[num_ranks]
+    def launch(release, num_ranks):
+        directory = tmp_path_factory.mktemp("checks")
+        arguments = [",".join(MODULES[num_ranks]), directory]
+        start(release, HERE / "megatron_blocks_worker.py", arguments, directory, num_ranks)
+        return [json.loads(path.read_text()) for path in sorted(directory.glob("rank*.json"))]
 
-    return get
+    launches = Launches(launch, {release for (release,) in asked_for(request, "release")}, {1: 1, 2: 2})
+    yield launches
+    launches.close()
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "module", "check"),
     [(number, module, check) for number, modules in MODULES.items() for module in modules for check in _checks(module)],
 )
-def test_megatron(results, num_ranks, module, check):
-    for rank in results(num_ranks):
+@each_release
+def test_megatron(results, release, num_ranks, module, check):
+    for rank in results(release, num_ranks):
         said = rank[f"{module}.{check}"]
         if "skipped" in said:
             pytest.skip(said["skipped"])
