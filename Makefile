@@ -82,7 +82,7 @@ test: compiler lint type megatron ## Lint, types and the tests, in random order 
 
 test-all: export SSDTRAIN_KILLS ?= 20
 test-all: export SSDTRAIN_PRETRAIN_STEPS ?= 20
-test-all: PYTEST_ARGS += -m ""
+test-all: override PYTEST_ARGS += -m ""
 test-all: test ## The same with every combination of parameters, and full counts (an hour).
 
 test-faults: compiler $(STAMP) ## Run every fault under every host, write the table of docs/operations.md (ten minutes).
