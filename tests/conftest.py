@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import shared_memory
 
 _DEADLINE_SECONDS = 10.0
 # An O_TMPFILE file reads "/dir/#1234 (deleted)", one created and unlinked "/dir/.ssdtrain-... (deleted)".
@@ -61,22 +62,17 @@ def leaves_nothing_behind():
     assert not left, f"extent files still open after the test: {', '.join(left)}"
 
 
-def _deepspeed_buffers():
-    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-
-
 @pytest.fixture(scope="session")
 def foreign_buffers():
     """What DeepSpeed left in shared memory before the session."""
-    return _deepspeed_buffers()
+    return shared_memory.buffers()
 
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_given_back(foreign_buffers):
-    """Remove what DeepSpeed's all-reduce on CPU leaves in memory: 66 MiB a rank of every job."""
+    """Remove what DeepSpeed leaves in memory."""
     yield
-    for buffer in _deepspeed_buffers() - foreign_buffers:
-        buffer.unlink(missing_ok=True)
+    shared_memory.give_back(foreign_buffers)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed_3d_cases import CASES, STEPS
-from processes import free_port, run
+from processes import EAGER, free_port, run
 
 pytest.importorskip("deepspeed")
 pytestmark = [
@@ -31,7 +31,8 @@ class Job:
     def __init__(self, directory):
         launcher = [sys.executable, Path(sys.executable).with_name("deepspeed")]
         launcher += ["--num_gpus", str(len(RANKS)), "--master_port", free_port()]
-        self.code, self.log = run([*launcher, WORKER, directory], directory / "log", timeout_seconds=240)
+        command = [*launcher, WORKER, directory]
+        self.code, self.log = run(command, directory / "log", timeout_seconds=240, **EAGER)
         assert self.code == 0, self.log[-8000:]
         self.left = _processes_that_mention(directory)
         self._ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in RANKS]
