@@ -106,5 +106,8 @@ def test_block_n_offloads_n_layers_and_keeps_the_rest(suites, release):
     one = suites(release, "one")
     half, all_layers = one["gpt_full_block"][0]["with"], one["gpt_full_uniform"][0]["with"]
     for some, every in zip(half["steps"], all_layers["steps"], strict=True):
-        assert some["stored_bytes"] * 2 == every["stored_bytes"]  # 2 of 4 layers
+        half_bytes = some["kept_bytes"] - every["kept_bytes"]  # 2 of 4 layers
+        for step, offered_bytes in ((some, half_bytes), (every, 2 * half_bytes)):
+            # A store that has not begun when its tensor is asked for is not made; one under way may be forwarded too.
+            assert step["stored_bytes"] <= offered_bytes <= step["stored_bytes"] + step["forwarded_bytes"]
         assert some["saved_bytes"] == every["saved_bytes"]
