@@ -21,7 +21,7 @@ def combinations():
             yield pytest.param(name, config_name, False, marks=marks, id=f"{name}-{config_name}-racing")
 
 
-@pytest.mark.parametrize(("name", "config_name", "must_load"), combinations())
+@pytest.mark.parametrize(("name", "config_name", "must_load"), list(combinations()))
 def test_training_is_bit_equal(name, config_name, must_load, make_config):
     ours, stats = train(WORKLOADS[name], make_config(config_name), must_load=must_load)
     assert_same(ours, plain(name))
