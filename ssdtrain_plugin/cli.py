@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from ssdtrain_plugin.cli_bench import bench, size_in_bytes
+from ssdtrain_plugin.cli_errors import Commands
 from ssdtrain_plugin.cli_plan import plan
 from ssdtrain_plugin.cli_report import report
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.errors import printable
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.doctor import Diagnosis
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Activation offloading to NVMe for training large language models.",
     no_args_is_help=True,
     add_completion=False,
+    cls=Commands,
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
@@ -54,14 +56,11 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Tell whether activations can be offloaded to directories, and how fast. Exits with 0 only if so."""
-    nbytes, rated_bytes = size_in_bytes(size), None if tbw is None else size_in_bytes(tbw)
+    nbytes, rated_bytes = size_in_bytes("--size", size), None if tbw is None else size_in_bytes("--tbw", tbw)
     from ssdtrain_plugin.doctor import ModelShape, examine, examine_machine, predict  # torch
     from ssdtrain_plugin.doctor.rendering import directory_table, machine_table, prediction_table
 
-    try:
-        shape = None if model is None else ModelShape.from_yaml(model)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from None
+    shape = None if model is None else ModelShape.from_yaml(model)
     diagnoses = []
     with Progress(
         TextColumn("{task.description}"),
@@ -73,7 +72,7 @@ def doctor(
         disable=as_json,
     ) as progress:
         for path in paths:
-            task = progress.add_task(escape(path), total=None)
+            task = progress.add_task(escape(printable(path)), total=None)
             tell = partial(_advance, progress, task, path)
             diagnoses.append(examine(path, nbytes=nbytes, progress=tell, rated_bytes=rated_bytes))
     is_usable = all(diagnosis.is_usable for diagnosis in diagnoses)
@@ -101,17 +100,17 @@ def doctor(
 
 
 def _advance(progress: Progress, task: TaskID, path: str, phase: str, done_bytes: int, total_bytes: int) -> None:
-    progress.update(task, description=f"{escape(path)}: {phase}", completed=done_bytes, total=total_bytes)
+    progress.update(task, description=f"{escape(printable(path))}: {phase}", completed=done_bytes, total=total_bytes)
 
 
 def _print_verdict(console: Console, diagnosis: Diagnosis) -> None:
     if not diagnosis.is_usable:
         errors = Console(stderr=True, highlight=False)
-        errors.print(f"[bold red]not usable[/] {escape(str(diagnosis.problem))}", soft_wrap=True)
+        errors.print(f"[bold red]not usable[/] {escape(printable(str(diagnosis.problem)))}", soft_wrap=True)
         errors.print("\nhint: name a directory on a local drive that this user can write to, with free space")
         return
     colour = "yellow" if diagnosis.advices else "green"
-    console.print(f"[bold {colour}]{escape(diagnosis.verdict)}[/]\n", soft_wrap=True)
+    console.print(f"[bold {colour}]{escape(printable(diagnosis.verdict))}[/]\n", soft_wrap=True)
 
 
 def main() -> None:

@@ -15,27 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from ssdtrain_plugin.cli_errors import in_directory
+from ssdtrain_plugin.documents import parse_yaml, shown
 from ssdtrain_plugin.errors import OffloadError
-from ssdtrain_plugin.units import KIB, format_bytes, format_rate, parse_bytes
+from ssdtrain_plugin.units import KIB, LARGEST_BYTES, format_bytes, format_rate, parse_bytes
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.bench.io import IoReport, Place, Row
 
 __all__ = ["bench", "size_in_bytes"]
 
+_LARGEST_FACTOR = 1000
+_MOST_THREADS = 1024
+
 bench = typer.Typer(help="Measure the plugin on this machine.", no_args_is_help=True)
 
 
-def size_in_bytes(text: str) -> int:
+def size_in_bytes(option: str, text: str) -> int:
     """Read a size from an option.
 
     Args:
+        option: As typed, for the error.
         text: For example ``1 GiB``.
 
     Raises:
@@ -44,9 +49,9 @@ def size_in_bytes(text: str) -> int:
     try:
         nbytes = parse_bytes(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if nbytes < 1:
-        raise typer.BadParameter(f"{text!r} (expected more than zero bytes)")
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if not 1 <= nbytes <= LARGEST_BYTES:
+        raise typer.BadParameter(f"{text!r} (expected 1 to {LARGEST_BYTES} bytes)", param_hint=option)
     return nbytes
 
 
@@ -91,18 +96,21 @@ def bench_io(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Measure write, read and both at once beside fio; several paths alone and striped. Exits with 1 if it cannot."""
-    size_bytes, block_bytes = size_in_bytes(size), size_in_bytes(block)
+    size_bytes, block_bytes = size_in_bytes("--size", size), size_in_bytes("--block", block)
     if block_bytes % (4 * KIB):
-        raise typer.BadParameter(f"--block: {block!r} (expected a multiple of 4 KiB)")
+        raise typer.BadParameter(f"{block!r} (expected a multiple of 4 KiB)", param_hint="--block")
     if size_bytes < 2 * block_bytes:
-        raise typer.BadParameter(f"--size: {size!r} (expected at least two blocks, {format_bytes(2 * block_bytes)})")
-    throttles = tuple(size_in_bytes(text.strip().removesuffix("/s")) for text in throttle or ())
+        least = format_bytes(2 * block_bytes)
+        raise typer.BadParameter(f"{size!r} (expected at least two blocks, {least})", param_hint="--size")
+    throttles = tuple(size_in_bytes("--throttle", text.strip().removesuffix("/s")) for text in throttle or ())
     if len(throttles) > len(paths):
-        raise typer.BadParameter(f"--throttle: given {len(throttles)} times (expected at most once a path)")
+        said = f"given {len(throttles)} times (expected at most once a path)"
+        raise typer.BadParameter(said, param_hint="--throttle")
     engines = tuple(engine or ("auto",))
     unknown = [name for name in engines if name not in ("auto", "posix", "aio", "gds")]
     if unknown:
-        raise typer.BadParameter(f"--engine: {unknown[0]!r} (expected auto, posix, aio or gds)")
+        said = f"{unknown[0]!r} (expected auto, posix, aio or gds)"
+        raise typer.BadParameter(said, param_hint="--engine")
     from ssdtrain_plugin.bench.io import IoOptions, measure_io  # torch
 
     options = IoOptions(size_bytes, block_bytes, threads, rounds, engines, throttles)
@@ -203,7 +211,9 @@ def bench_step(
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each strategy that count, interleaved.")] = 5,
     threads: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Compute threads; repeat it. By default a run with 1 and one with 2."),
+        typer.Option(
+            min=1, max=_MOST_THREADS, help="Compute threads; repeat it. By default a run with 1 and one with 2."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -225,7 +235,8 @@ def bench_step(
     sizes = _assignments("--model", model)
     unknown = sizes.keys() - {field.name for field in fields(DecoderShape)}
     if unknown:
-        raise typer.BadParameter(f"--model: {min(unknown)!r} (expected a size of the model, see --help)")
+        said = f"{shown(min(unknown))} (expected a size of the model, see --help)"
+        raise typer.BadParameter(said, param_hint="--model")
     try:
         settings = StepSettings(
             path=path,
@@ -254,8 +265,11 @@ def _assignments(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise typer.BadParameter(f"{option}: {text!r} (expected NAME=VALUE)")
-        values[name.strip()] = yaml.safe_load(value)
+            raise typer.BadParameter(f"{shown(text)} (expected NAME=VALUE)", param_hint=option)
+        try:
+            values[name.strip()] = parse_yaml(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{shown(text)}: {error}", param_hint=option) from None
     return values
 
 
@@ -264,7 +278,7 @@ def bench_adapt(
     path: Annotated[str, typer.Argument(help="A directory on the drive.")],
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each policy and speed that count, interleaved.")] = 5,
     warm_up: Annotated[int, typer.Option(min=2, help="Rounds before them, in which the adaptive policy learns.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=_MOST_THREADS, help="Compute threads.")] = 1,
     factor: Annotated[
         list[float] | None,
         typer.Option(help="Speed of the drive over what full offload needs; repeat it. By default 0.1 to 4."),
@@ -279,10 +293,10 @@ def bench_adapt(
     settings = AdaptSettings(
         path=path, rounds=rounds, warm_up_rounds=warm_up, threads=threads, factors=tuple(sorted(factor or FACTORS))
     )
-    if settings.factors[0] <= 0:
-        raise typer.BadParameter(f"--factor: {settings.factors[0]} (expected more than 0)")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+    wrong = [each for each in settings.factors if not 0 < each <= _LARGEST_FACTOR]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0]} (expected more than 0, at most {_LARGEST_FACTOR})", param_hint="--factor")
+    in_directory(output)
     with _step_progress(settings.num_steps, is_shown=not as_json) as tell:
         report = measure(settings, on_step=tell)
     text = json.dumps(asdict(report), indent=2)
@@ -309,6 +323,8 @@ def bench_rok(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Compare keeping, recomputing, offloading and other tools: speed over memory. Exits with 1 if bits differ."""
+    if Path(name).name != name or "\0" in name:
+        raise typer.BadParameter(f"{shown(name)} (expected the name of a file)", param_hint="--name")
     if quick is (matrix is not None):
         raise typer.BadParameter("MATRIX.yaml and --quick (expected one of them)")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for `step`
@@ -320,7 +336,7 @@ def bench_rok(
         chosen = quick_matrix() if matrix is None else read_matrix(matrix)
         if output is not None:
             rok_report.need_matplotlib()
-            output.mkdir(parents=True, exist_ok=True)
+            in_directory(output)
         reason = deepspeed_peer.why_not(device)
         offer = reason or stack.enter_context(deepspeed_peer.cpu_checkpointing())
         others = {deepspeed_peer.NAME: offer}
@@ -362,7 +378,7 @@ def bench_scale(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Measure what a saved tensor costs with many live records, and with several processes on one drive."""
-    tensor_bytes = size_in_bytes(tensor_size)
+    tensor_bytes = size_in_bytes("--tensor-size", tensor_size)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for `step`
     from ssdtrain_plugin.bench.scale import DEFAULT_RECORDS, ScaleSettings, measure, plot, remarks, tables_of
 
@@ -374,10 +390,10 @@ def bench_scale(
         tensors=tensors,
         tensor_bytes=tensor_bytes,
     )
+    in_directory(output)
     with _step_progress(settings.num_steps, is_shown=not as_json) as tell:
         report = measure(settings, on_step=tell)
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             plot(report, output / "scale.png")
     text = json.dumps(asdict(report), indent=2)
     if output is not None:

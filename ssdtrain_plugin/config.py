@@ -7,25 +7,30 @@ together with the ones found here.
 
 from __future__ import annotations
 
-import difflib
 import re
 import socket
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ssdtrain_plugin.documents import nearest, read_yaml, shown
 from ssdtrain_plugin.errors import ConfigError
-from ssdtrain_plugin.units import GIB, MIB, parse_bytes
+from ssdtrain_plugin.units import GIB, LARGEST_BYTES, MIB, parse_bytes
 
 __all__ = ["OffloadConfig", "expand_path"]
 
 _SHOULD = re.compile(r"^\w+ should (be|have) (a valid )?")
+_HINT = "correct the lines above; the user guide lists every option"
+_CONTROL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_MOST_PATHS = 64
 _WANTED = {
     "tuple_type": "a directory, or a list of them",
     "string_type": "text",
+    "string_unicode": "text that UTF-8 can hold",
+    "too_long": f"at most {_MOST_PATHS} directories",
     "string_too_short": "text that is not empty",
     "int_type": "a whole number",
     "bool_type": "true or false",
@@ -58,8 +63,15 @@ def _as_word(value: object) -> object:
     return "off" if value is False else value  # what YAML makes of the word
 
 
-Directory = Annotated[str, Field(min_length=1)]
-Bytes = Annotated[int, BeforeValidator(_as_bytes)]
+def _as_directory(path: str) -> str:
+    # A log that shows it must stay one line, and the system takes no null character.
+    if any(unicodedata.category(character) in _CONTROL for character in path):
+        raise ValueError(f"{shown(path)} (expected a path without control characters)")
+    return path
+
+
+Directory = Annotated[str, Field(min_length=1), AfterValidator(_as_directory)]
+Bytes = Annotated[int, BeforeValidator(_as_bytes), Field(le=LARGEST_BYTES)]
 PositiveBytes = Annotated[Bytes, Field(gt=0)]
 
 
@@ -75,7 +87,7 @@ class OffloadConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
     enabled: bool = Field(default=True, description="Off switch: false trains as if the plugin were not there.")
-    paths: Annotated[tuple[Directory, ...], BeforeValidator(_as_paths)] = Field(
+    paths: Annotated[tuple[Directory, ...], BeforeValidator(_as_paths), Field(max_length=_MOST_PATHS)] = Field(
         default=(),
         description="Directories on the drives; several share the bytes by load and measured speed. `{local_rank}` and "
         "`{node}` are replaced. "
@@ -184,10 +196,11 @@ class OffloadConfig(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise ConfigError(self.SOURCE, [*self._problems(error), *self._still_missing(error, options)]) from None
+            problems = [*self._problems(error), *self._still_missing(error, options)]
+            raise ConfigError(self.SOURCE, problems, hint=_HINT) from None
         missing = self._missing()
         if missing:
-            raise ConfigError(self.SOURCE, missing)
+            raise ConfigError(self.SOURCE, missing, hint=_HINT)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> OffloadConfig:
@@ -200,7 +213,8 @@ class OffloadConfig(BaseModel):
             ConfigError: Lists every fault.
         """
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-            raise ConfigError(cls.SOURCE, [f"{options!r} (expected a mapping of option names to values)"])
+            problem = f"{shown(options)} (expected a mapping of option names to values)"
+            raise ConfigError(cls.SOURCE, [problem], hint=_HINT)
         return cls(**options)
 
     @classmethod
@@ -213,17 +227,13 @@ class OffloadConfig(BaseModel):
         Raises:
             ConfigError: The file cannot be read, is not YAML, or has faults; all are listed.
         """
-        try:
-            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"`{path}`", [reason], hint="check the path and that it holds YAML") from None
+        options = read_yaml(path)
         if isinstance(options, Mapping) and set(options) == {"ssdtrain"}:
             options = options["ssdtrain"]
         try:
             return cls.from_dict(options)
         except ConfigError as error:
-            raise ConfigError(f"`{path}`", error.problems) from None
+            raise ConfigError(f"`{path}`", error.problems, hint=error.hint) from None
 
     def _missing(self) -> list[str]:
         """List what single values cannot show: what is missing, and what would do nothing."""
@@ -261,17 +271,15 @@ class OffloadConfig(BaseModel):
     def _problems(cls, error: ValidationError) -> list[str]:
         problems = []
         for fault in error.errors():
-            name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function"))
+            name = ".".join(map(str, fault["loc"]))
             if fault["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, list(cls.model_fields), n=1, cutoff=0.6)
-                meant = f" (did you mean `{near[0]}`?)" if near else ""
-                problems.append(f"{name}: unknown option{meant}")
+                problems.append(f"{name}: unknown option{nearest(name, cls.model_fields)}")
                 continue
             if fault["type"] == "value_error":
                 problems.append(f"{name}: {fault['msg'].removeprefix('Value error, ')}")
                 continue
             wanted = _WANTED.get(fault["type"]) or _SHOULD.sub("", fault["msg"])
-            problems.append(f"{name}: {fault['input']!r} (expected {wanted})")
+            problems.append(f"{name}: {shown(fault['input'])} (expected {wanted})")
         return problems
 
 

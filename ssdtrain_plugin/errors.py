@@ -29,7 +29,32 @@ __all__ = [
     "StateError",
     "StorageError",
     "StoreError",
+    "printable",
 ]
+
+_LONGEST_LINE = 400
+_LONGEST_MESSAGE = 4000
+_MOST_PROBLEMS = 20
+
+
+def printable(text: str, *, longest: int = _LONGEST_LINE) -> str:
+    """Put text of unknown origin on one line of bounded length.
+
+    Control characters of a path or a value must not move the cursor of a terminal or begin a line of a log.
+
+    Args:
+        text: Any.
+        longest: Characters; of a longer text the middle is left out.
+
+    Returns:
+        The text, with everything that is not printable written as an escape sequence.
+    """
+    if len(text) > longest:
+        head = 3 * longest // 4
+        text = f"{text[:head]} ... {text[head - longest :]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 class OffloadError(RuntimeError):
@@ -42,6 +67,9 @@ class OffloadError(RuntimeError):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """Join message and hint into the text that a traceback shows."""
+        self._say(printable(message, longest=_LONGEST_MESSAGE), hint)
+
+    def _say(self, message: str, hint: str | None) -> None:
         super().__init__(message if hint is None else f"{message}\n\nhint: {hint}")
         self.message = message
         self.hint = hint
@@ -67,8 +95,10 @@ class ConfigError(OffloadError, ValueError):
     def __init__(self, source: str, problems: Sequence[str], *, hint: str | None = None) -> None:
         """Compose the list of problems into one message."""
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        super().__init__(f"{count} in {source}:{lines}", hint=hint)
+        lines = [printable(problem) for problem in problems[:_MOST_PROBLEMS]]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more")
+        self._say(f"{count} in {printable(source)}:" + "".join(f"\n  {line}" for line in lines), hint)
         self.source = source
         self.problems = tuple(problems)
 

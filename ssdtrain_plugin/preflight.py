@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdtrain_plugin.config import OffloadConfig, expand_path
+from ssdtrain_plugin.documents import shown
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.storage.memory_limit import available_host_bytes
 from ssdtrain_plugin.storage.probe import directory_problem
@@ -15,10 +16,25 @@ from ssdtrain_plugin.units import format_bytes
 
 __all__ = ["check", "find_local_rank", "prepare"]
 
+_MOST_DIGITS = 10
+
 
 def find_local_rank() -> int:
     """Get the rank of this process on its node, as the launcher says it; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
+    return _number_of("LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID", default=0, least=0)
+
+
+def _number_of(variable: str, *, default: int, least: int) -> int:
+    """Read what a launcher says in a variable.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS and int(text) >= least):
+        problem = f"{variable}: {shown(text)} (expected a whole number of at least {least})"
+        raise ConfigError("the environment", [problem], hint=f"let the launcher set {variable}, or unset it")
+    return int(text)
 
 
 def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> OffloadConfig:
@@ -78,7 +94,7 @@ def _expand_paths(paths: object, *, local_rank: int, is_used: bool) -> tuple[lis
 
 def _memory_problems(config: OffloadConfig) -> list[str]:
     # All ranks of a node ask at about the same time, before any of them has taken its share.
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks = _number_of("LOCAL_WORLD_SIZE", default=1, least=1)
     share_bytes = available_host_bytes() // num_ranks if config.host_bytes else 0
     if config.host_bytes <= share_bytes:
         return []

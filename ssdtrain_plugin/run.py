@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.errors import ConfigError, printable
 
 __all__ = ["main"]
 
@@ -102,9 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     script, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
     if script is None:
-        sys.exit(_USAGE)
+        sys.exit(f"ssdtrain: no script was named (expected SCRIPT)\n\nhint: {_USAGE}")
     if not Path(script).is_file():
-        sys.exit(f"cannot run `{script}`: no such file\n\n{_USAGE}")
+        sys.exit(f"ssdtrain: cannot run `{printable(script)}`: no such file\n\nhint: {_USAGE}")
     # Page-aligned CPU tensors go to the drive and come back without a copy. torch
     # reads this at its first large allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

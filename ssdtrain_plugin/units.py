@@ -11,6 +11,7 @@ import re
 __all__ = [
     "GIB",
     "KIB",
+    "LARGEST_BYTES",
     "MIB",
     "TIB",
     "format_bytes",
@@ -23,6 +24,9 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
+
+LARGEST_BYTES = 2**63 - 1
+"""No file and no memory is larger: what the system counts offsets in ends here."""
 
 _FACTORS = {
     "": 1,
@@ -40,6 +44,7 @@ _FACTORS = {
     "tib": TIB,
     "tb": 1000**4,
 }
+_MOST_DIGITS = 40
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -58,7 +63,8 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match.group(2).lower()) if match else None
-    if match is None or factor is None:
+    # Python refuses numbers of thousands of digits, and a float of hundreds of them is infinite.
+    if match is None or factor is None or len(match.group(1)) > _MOST_DIGITS:
         raise ValueError(f"{text!r} is not a size (expected for example '2 GiB')")
     return int(float(match.group(1)) * factor) if "." in match.group(1) else int(match.group(1)) * factor
 

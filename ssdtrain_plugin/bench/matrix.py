@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ssdtrain_plugin.bench.models import FAMILIES, VOCABULARY, DecoderShape
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.documents import checked, read_yaml
 from ssdtrain_plugin.projection import ModelSpec
 from ssdtrain_plugin.projection.arithmetic import model_flops
-from ssdtrain_plugin.units import GIB, KIB, MIB, parse_bytes
+from ssdtrain_plugin.units import GIB, KIB, LARGEST_BYTES, MIB, parse_bytes
 
 __all__ = ["OUR_STRATEGIES", "RokMatrix", "Stack", "quick_matrix", "read_matrix"]
 
@@ -21,8 +20,12 @@ OUR_STRATEGIES = ("keep", "recompute", "selective", "all", "adaptive", "host")
 
 _RESERVED = ("paths", "policy", "host_bytes", "enabled", "offload_fraction")
 
-_Count = Annotated[int, Field(gt=0)]
-_Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+_Count = Annotated[int, Field(gt=0, le=100_000_000)]
+_Bytes = Annotated[
+    int,
+    BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
+    Field(gt=0, le=LARGEST_BYTES),
+]
 
 
 class _Strict(BaseModel):
@@ -104,7 +107,7 @@ class RokMatrix(_Strict):
     budget_warm_up_rounds: _Count = 3
     largest_factor: _Count = 4
     threads: _Count = 1
-    host_bytes: Annotated[_Bytes, Field(gt=0)] = 4 * GIB
+    host_bytes: _Bytes = 4 * GIB
     options: dict[str, Any] = Field(
         default_factory=lambda: {"prefetch_bytes": 64 * MIB, "max_inflight_bytes": 64 * MIB}
     )
@@ -171,24 +174,4 @@ def read_matrix(path: str | Path) -> RokMatrix:
     Raises:
         ConfigError: It cannot be read, is not YAML, or has faults; all are listed.
     """
-    source, hint = f"`{path}`", "see configs/bench/"
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            source, [" ".join(str(error).split())], hint="check the path and that it holds YAML"
-        ) from None
-    try:
-        return RokMatrix.model_validate(fields)
-    except ValidationError as error:
-        problems = [_problem(dict(fault)) for fault in error.errors()]
-        raise ConfigError(source, problems, hint=hint) from None
-
-
-def _problem(fault: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function")) or "file"
-    if fault["type"] == "extra_forbidden":
-        return f"{name}: unknown field"
-    if fault["type"] == "value_error":
-        return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
-    return f"{name}: {fault['msg']} (got {str(fault['input'])[:60]})"
+    return checked(RokMatrix, read_yaml(path), source=f"`{path}`", hint="see configs/bench/")

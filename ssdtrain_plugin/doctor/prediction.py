@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.doctor.measurement import Bandwidth
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.documents import checked, read_yaml
 from ssdtrain_plugin.projection.arithmetic import layer_flops
-from ssdtrain_plugin.projection.model import DROPOUT_PLACES, Block, ModelSpec, Precision
+from ssdtrain_plugin.projection.model import DROPOUT_PLACES, MOST_LAYERS, Block, ModelSpec, Precision
 from ssdtrain_plugin.projection.tensors import layer_tensors, split_of
 
 __all__ = ["ModelShape", "Prediction", "predict"]
@@ -27,7 +26,7 @@ __all__ = ["ModelShape", "Prediction", "predict"]
 _NEGLIGIBLE_OVERHEAD = 0.02
 _HARDLY_ANY = 0.1
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 class ModelShape(BaseModel):
@@ -35,14 +34,18 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    layers: Count = Field(description="Layers of one rank: with a pipeline, of one stage.")
+    layers: Count = Field(le=MOST_LAYERS, description="Layers of one rank: with a pipeline, of one stage.")
     hidden: Count = Field(description="Hidden size.")
     heads: Count = Field(description="Attention heads.")
     sequence: Count = Field(description="Tokens of one sequence.")
     micro_batch: Count = Field(description="Sequences of one forward.")
-    tflops: float = Field(gt=0, description="Rate that the rank sustains in training (1e12 operations a second).")
+    tflops: float = Field(
+        gt=0, ge=1e-6, le=1e6, description="Rate that the rank sustains in training (1e12 operations a second)."
+    )
     bytes_per_element: Literal[1, 2, 4] = Field(default=2, description="2 for fp16 and bf16, 4 for fp32.")
-    feedforward_multiplier: float = Field(default=4.0, gt=0, description="Size of the feed-forward part over `hidden`.")
+    feedforward_multiplier: float = Field(
+        default=4.0, gt=0, le=1000, description="Size of the feed-forward part over `hidden`."
+    )
     gated_feedforward: bool = Field(default=False, description="SwiGLU and its kind: three matrices instead of two.")
     flash_attention: bool = Field(default=True, description="Scores are not saved.")
     dropout: bool = Field(default=True, description="Masks are saved.")
@@ -59,16 +62,16 @@ class ModelShape(BaseModel):
         Raises:
             ConfigError: The file cannot be read, is not YAML, or has faults; all are listed.
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"`{path}`", [reason], hint="check the path and that it holds YAML") from None
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
-            raise ConfigError(f"`{path}`", problems, hint=f"the fields are {', '.join(cls.model_fields)}") from None
+        hint = f"the fields are {', '.join(cls.model_fields)}"
+        return checked(cls, read_yaml(path), source=f"`{path}`", hint=hint)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ModelShape:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden: {self.hidden} (expected a multiple of heads, {self.heads})")
+        if self.heads % self.tensor_parallel:
+            raise ValueError(f"tensor_parallel: {self.tensor_parallel} (expected a divisor of heads, {self.heads})")
+        return self
 
     @property
     def _block(self) -> Block:

@@ -37,7 +37,8 @@ from deepspeed.utils import logger as ds_logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from ssdtrain_plugin.config import OffloadConfig
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.documents import read_text, shown
+from ssdtrain_plugin.errors import ConfigError, printable
 from ssdtrain_plugin.hooks import ModuleHooks
 from ssdtrain_plugin.integrations.deepspeed_checkpointing import shadow, take_checkpointing
 from ssdtrain_plugin.integrations.lookahead import Pass, ScheduledPasses
@@ -46,6 +47,7 @@ from ssdtrain_plugin.runtime import Offloader, build, make_audible
 from ssdtrain_plugin.stats import StepStats
 from ssdtrain_plugin.summary import metrics_of
 from ssdtrain_plugin.trace import Trace
+from ssdtrain_plugin.units import MIB
 
 __all__ = ["initialize", "offloader_of", "read_block"]
 
@@ -53,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK = "ssdtrain"
 _ATTRIBUTE = "ssdtrain_offloader"
+_MAX_FILE_BYTES = 16 * MIB
+_LONGEST_KEY = 40
 _original_initialize = deepspeed.initialize
 
 Instruction = Callable[..., None]
@@ -107,14 +111,28 @@ def _parse(config: object) -> tuple[Mapping[str, Any], str]:
         return {}, ""
     path = Path(config)
     if os.path.isfile(path):  # unlike Path.is_file it takes base64 text of any length
-        parsed, source = hjson.loads(path.read_text(encoding="utf-8")), f"`{path}`"
+        text, source = read_text(path, max_bytes=_MAX_FILE_BYTES), f"`{path}`"
     else:
         try:
-            text = base64.urlsafe_b64decode(str(config)).decode("utf-8")
-            parsed, source = hjson.loads(text), "the DeepSpeed config"
+            text, source = base64.urlsafe_b64decode(str(config)).decode("utf-8"), "the DeepSpeed config"
         except ValueError:
             return {}, ""  # not ours to judge: DeepSpeed says what is wrong with it
+    try:
+        parsed = hjson.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(source, [f"{reason} (expected JSON)"], hint="check that it holds JSON") from None
     return (parsed, source) if isinstance(parsed, Mapping) else ({}, "")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is there twice, as DeepSpeed does."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {shown(name)} is there twice")
+        found[name] = value
+    return found
 
 
 def read_block(config: object) -> OffloadConfig | None:
@@ -136,14 +154,15 @@ def read_block(config: object) -> OffloadConfig | None:
             source, problems, hint=f'move the "{BLOCK}" block out of the section, beside "zero_optimization"'
         )
     if BLOCK not in parsed:
-        for key in map(str, parsed):
+        for key in (key for key in parsed if isinstance(key, str) and len(key) <= _LONGEST_KEY):
             if BLOCK in key.lower() or difflib.SequenceMatcher(None, BLOCK, key.lower()).ratio() > 0.7:
-                logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', key, source, BLOCK)
+                logger.warning('`%s` in %s is ignored (did you mean `"%s"`?)', printable(key), printable(source), BLOCK)
         return None
     block = parsed[BLOCK]
     source = f'the "{BLOCK}" block of {source}'
     if not isinstance(block, Mapping):
-        raise ConfigError(source, [f"{block!r} (expected a mapping of option names to values)"])
+        problem = f"{shown(block)} (expected a mapping of option names to values)"
+        raise ConfigError(source, [problem], hint=f'write `"{BLOCK}": {{"paths": ["DIRECTORY"]}}`, or leave it out')
     defaults = _defaults(parsed)
     if "host_bytes" in block:
         defaults.pop("paths", None)  # host memory alone was asked for
@@ -165,8 +184,9 @@ def _defaults(parsed: Mapping[str, Any]) -> dict[str, Any]:
     zero = parsed.get("zero_optimization")
     for section in ("offload_param", "offload_optimizer"):
         offload = zero.get(section) if isinstance(zero, Mapping) else None
-        if isinstance(offload, Mapping) and offload.get("device") == "nvme" and offload.get("nvme_path"):
-            defaults.setdefault("paths", [str(offload["nvme_path"])])
+        path = offload.get("nvme_path") if isinstance(offload, Mapping) and offload.get("device") == "nvme" else None
+        if path and isinstance(path, str | os.PathLike):
+            defaults.setdefault("paths", [str(path)])
     aio = parsed.get("aio")
     if isinstance(aio, Mapping):
         threads = aio.get("intra_op_parallelism", aio.get("thread_count"))

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.projection.model import Count, ModelSpec
-from ssdtrain_plugin.units import parse_bytes
+from ssdtrain_plugin.units import LARGEST_BYTES, parse_bytes
 
 __all__ = ["BatchSpec", "ClusterSpec", "DriveSpec", "EnduranceSpec", "GpuSpec", "ParallelSpec"]
+
+
+_SMALLEST, _LARGEST = 1e-6, 1e24
+"""Of any amount. Beyond them is no machine, and products of such numbers leave what a float can hold."""
 
 
 def _as_amount(value: object) -> object:
     """Read ``"5 GB/s"``, ``"80 GB"`` and whole numbers."""
     if isinstance(value, str):
         return float(parse_bytes(value.strip().removesuffix("/s")))
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(min(max(value, -(10**30)), 10**30))  # a longer one is no float, and refused either way
+    return value
 
 
 def _as_size(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
-Amount = Annotated[float, BeforeValidator(_as_amount), Field(gt=0)]
-Fraction = Annotated[float, BeforeValidator(_as_amount), Field(gt=0, le=1)]
-Factor = Annotated[float, BeforeValidator(_as_amount), Field(gt=0)]
-Size = Annotated[int, BeforeValidator(_as_size), Field(ge=0)]
+def _is_possible(value: float) -> float:
+    if not _SMALLEST <= value <= _LARGEST:
+        raise ValueError(f"{value:g} (expected {_SMALLEST:g} to {_LARGEST:g})")
+    return value
+
+
+Amount = Annotated[float, BeforeValidator(_as_amount), Field(gt=0), AfterValidator(_is_possible)]
+Fraction = Annotated[Amount, Field(le=1)]
+Factor = Amount
+Size = Annotated[int, BeforeValidator(_as_size), Field(ge=0, le=LARGEST_BYTES)]
 
 
 class _Strict(BaseModel):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from ssdtrain_plugin.documents import checked, nearest, read_yaml, shown
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.projection.cluster import ClusterSpec
 from ssdtrain_plugin.projection.model import ModelSpec
 from ssdtrain_plugin.projection.presets import DRIVES, GPUS, MODELS
 
 __all__ = ["cluster_from_dict", "model_from_dict", "read_cluster", "read_model"]
-
-_LONGEST = 60
-"""Of a value in an error (characters)."""
 
 _Spec = TypeVar("_Spec", bound=BaseModel)
 
@@ -32,7 +28,7 @@ def read_model(path: str | Path) -> ModelSpec:
     Raises:
         ConfigError: It cannot be read, is not YAML, or has faults; all are listed.
     """
-    return model_from_dict(_load(path), source=f"`{path}`")
+    return model_from_dict(read_yaml(path), source=f"`{path}`")
 
 
 def read_cluster(path: str | Path) -> ClusterSpec:
@@ -45,15 +41,7 @@ def read_cluster(path: str | Path) -> ClusterSpec:
     Raises:
         ConfigError: It cannot be read, is not YAML, or has faults; all are listed.
     """
-    return cluster_from_dict(_load(path), source=f"`{path}`")
-
-
-def _load(path: str | Path) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"`{path}`", [reason], hint="check the path and that it holds YAML") from None
+    return cluster_from_dict(read_yaml(path), source=f"`{path}`")
 
 
 def model_from_dict(fields: Any, *, source: str = "the model") -> ModelSpec:
@@ -96,7 +84,7 @@ def cluster_from_dict(fields: Any, *, source: str = "the cluster") -> ClusterSpe
 
 def _mapping(fields: Any, source: str) -> dict[str, Any]:
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        problem = f"file: {repr(fields)[:_LONGEST]} (expected a mapping of names to values)"
+        problem = f"file: {shown(fields)} (expected a mapping of names to values)"
         raise ConfigError(source, [problem], hint="see configs/plan/")
     return dict(fields)
 
@@ -107,31 +95,12 @@ def _filled(values: dict[str, Any], presets: Mapping[str, dict[str, Any]], sourc
         return values
     name = values.pop("preset")
     if not isinstance(name, str) or name not in presets:
-        near = difflib.get_close_matches(str(name), presets, n=1, cutoff=0.4)
-        meant = f" (did you mean `{near[0]}`?)" if near else ""
+        meant = nearest(name, presets, cutoff=0.4) if isinstance(name, str) else ""
         raise ConfigError(
-            source, [f"{field}: {name!r} is unknown{meant}"], hint=f"the presets are {', '.join(presets)}"
+            source, [f"{field}: {shown(name)} is unknown{meant}"], hint=f"the presets are {', '.join(presets)}"
         )
     return {**presets[name], **values}
 
 
 def _checked(kind: type[_Spec], values: dict[str, Any], source: str) -> _Spec:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(kind, dict(fault)) for fault in error.errors()]
-        raise ConfigError(source, problems, hint=f"the fields are {', '.join(kind.model_fields)}") from None
-
-
-def _problem(kind: type[BaseModel], fault: dict[str, Any]) -> str:
-    names = [str(part) for part in fault["loc"] if not str(part).startswith("function")]
-    name = ".".join(names) or "file"
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], kind.model_fields, n=1) if len(names) == 1 else []
-        return f"{name}: unknown field" + (f" (did you mean `{near[0]}`?)" if near else "")
-    if fault["type"] == "missing":
-        return f"{name}: missing"
-    if fault["type"] == "value_error":
-        return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
-    wanted = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name}: {repr(fault['input'])[:_LONGEST]} (expected {wanted})"
+    return checked(kind, values, source=source, hint=f"the fields are {', '.join(kind.model_fields)}")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["DROPOUT_PLACES", "ELEMENT_BYTES", "Block", "Count", "ModelSpec", "Precision"]
+__all__ = ["DROPOUT_PLACES", "ELEMENT_BYTES", "MOST_LAYERS", "Block", "Count", "ModelSpec", "Precision"]
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
 Precision = Literal["fp8", "fp16", "bf16", "fp32"]
 DropoutPlace = Literal["embedding", "attention_scores", "attention_output", "feedforward"]
 
@@ -19,7 +19,7 @@ ELEMENT_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "bool": 1, "int64": 
 DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embedding", "attention_scores", "attention_output", "feedforward")
 """Where a transformer drops elements out, and saves a mask of one byte each."""
 
-_MOST_LAYERS = 100_000
+MOST_LAYERS = 100_000
 """Beyond it a typing error is more likely than a model."""
 
 _GATED = ("swiglu", "geglu")
@@ -59,7 +59,7 @@ class ModelSpec(BaseModel):
     name: str = Field(default="model", description="For the report.")
     source: str = Field(default="", description="Where the sizes come from.")
     family: Literal["gpt", "bert", "t5", "llama"] = Field(default="gpt", description="Which kind of layers and head.")
-    layers: Count = Field(le=_MOST_LAYERS, description="All layers; of t5, encoder and decoder together.")
+    layers: Count = Field(le=MOST_LAYERS, description="All layers; of t5, encoder and decoder together.")
     decoder_layers: Count | None = Field(
         default=None, description="t5: of these, how many decode; half of them, rounded down, by default."
     )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import IO, Annotated, Any, NoReturn, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -25,6 +25,7 @@ from ssdtrain_plugin.events import (
     WaitEvent,
 )
 from ssdtrain_plugin.stats import StepStats
+from ssdtrain_plugin.units import LARGEST_BYTES, MIB, format_bytes
 
 __all__ = ["RankRecord", "Run", "read_files", "read_run"]
 
@@ -34,6 +35,11 @@ _EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="
 
 # Of a file that is no JSON at all, only so many lines are named.
 _NAMED_PROBLEMS = 20
+
+# A file that is no text at all may be one line of gigabytes.
+_LONGEST_LINE_BYTES = 4 * MIB
+_LARGEST_SECONDS = 1e15
+_NAMED_DIGITS = 30
 
 Line = TypeVar("Line")
 
@@ -190,12 +196,12 @@ def _files(paths: Iterator[Path]) -> list[tuple[int, bool, Path]]:
 
 def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Iterator[Line]:
     num_problems = 0
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
+    with _opened(path) as file:
+        for number, text in enumerate(_bounded_lines(file), 1):
             if not text.strip():
                 continue
             try:
-                yield adapter.validate_python(json.loads(text, parse_constant=_refuse, parse_float=_finite))
+                yield adapter.validate_python(_parsed(text))
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 where = ".".join(map(str, first["loc"]))
@@ -212,15 +218,44 @@ def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Itera
         problems.append(f"{path.name}: {num_problems - _NAMED_PROBLEMS} more lines left out")
 
 
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is no finite number")
-    return value
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _unusable(path, f"{error.strerror} (expected a file that can be read)") from None
+
+
+def _bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Read line by line; a line that is too long is one without an end of line, and what is left of it is skipped."""
+    while text := file.readline(_LONGEST_LINE_BYTES):
+        yield text
+        while len(text) == _LONGEST_LINE_BYTES and not text.endswith(b"\n"):
+            text = file.readline(_LONGEST_LINE_BYTES)
+
+
+def _parsed(text: bytes) -> Any:
+    if len(text) == _LONGEST_LINE_BYTES and not text.endswith(b"\n"):
+        raise ValueError(f"longer than {format_bytes(_LONGEST_LINE_BYTES)}")
+    return json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_real)
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant[:_NAMED_DIGITS]} is no number that we write")
+
+
+def _whole(text: str) -> int:
+    if len(text) > len(str(LARGEST_BYTES)) or abs(int(text)) > LARGEST_BYTES:
+        _refuse(text)
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:_NAMED_DIGITS]} is no finite number")
+    if abs(value) > _LARGEST_SECONDS:
+        _refuse(text)
+    return value
 
 
 def _take_steps(record: RankRecord, steps: Iterator[StepStats]) -> int:

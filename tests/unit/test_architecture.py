@@ -16,6 +16,7 @@ MAX_FUNCTION_LINES = 70
 # An import points to an earlier line only. A name stands for the module or for the whole folder.
 LAYERS = [
     ["errors", "frames", "units", "version"],
+    ["documents"],
     ["config", "deadlines", "identity", "streams", "stats", "account", "events"],
     ["profile", "planner", "projection", "trace"],
     ["storage", "policy", "schedule", "summary"],
@@ -28,6 +29,7 @@ LAYERS = [
     ["runtime"],
     [""],  # ssdtrain_plugin itself: the public names
     ["integrations", "doctor", "bench", "report"],
+    ["cli_errors"],
     ["cli_bench", "cli_plan", "cli_report"],
     ["run", "cli"],
     ["__main__"],

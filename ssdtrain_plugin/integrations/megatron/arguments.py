@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from ssdtrain_plugin.config import OffloadConfig
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.documents import nearest
+from ssdtrain_plugin.errors import ConfigError, printable
 from ssdtrain_plugin.units import format_bytes
 
 __all__ = ["SOURCE", "add_flags", "options_of"]
@@ -43,10 +44,26 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             metavar=_metavar(name, field.annotation),
             help=f"{field.description} Default: {_describe(name, field.default)}.".replace("%", "%%"),
         )
+    _add_hints(parser)
     if "--local_rank" not in known:
         # The `deepspeed` launcher adds it in this spelling; Megatron knows another one only.
         group.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_hints(parser: argparse.ArgumentParser) -> None:
+    """Have the parser's own errors about our flags, such as a value that is missing, end in one thing to do."""
+    say = parser.error
+
+    def error(message: str) -> NoReturn:
+        ours = [word.partition("=")[0] for word in message.replace(":", " ").split() if word.startswith("--ssdtrain")]
+        if not ours:
+            say(message)
+        flags = [name for name in parser._option_string_actions if name.startswith("--ssdtrain")]
+        meant = "" if ours[0] in flags else nearest(ours[0], flags)
+        say(f"{printable(message)}{meant}\n\nhint: `--help` describes the --ssdtrain flags")
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def _read_value(text: str) -> bool | int | float | str:
