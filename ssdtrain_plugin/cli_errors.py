@@ -26,10 +26,12 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run, and end the process as its outcome says."""
-        if settings.pop("standalone_mode", True) is False:
-            return super().main(*args, **settings, standalone_mode=False)
+        ends_process = settings.get("standalone_mode", True)
+        settings["standalone_mode"] = False
+        if not ends_process:
+            return super().main(*args, **settings)
         try:
-            code = super().main(*args, **settings, standalone_mode=False)
+            code = super().main(*args, **settings)
         except _UsageError as error:
             _print_usage_error(error)
             sys.exit(error.exit_code)
