@@ -15,11 +15,16 @@ example: launch/deepspeed.sh -n 2 my_config.json train.py --steps 100
 TEXT
 }
 
-launcher=()
+fail() {
+    printf 'launch/deepspeed.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+launcher=() ranks='' port=''
 while getopts ':n:p:h' option; do
     case "$option" in
-        n) launcher+=(--num_gpus "$OPTARG") ;;
-        p) launcher+=(--master_port "$OPTARG") ;;
+        n) ranks=$OPTARG launcher+=(--num_gpus "$OPTARG") ;;
+        p) port=$OPTARG launcher+=(--master_port "$OPTARG") ;;
         h) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac
@@ -31,5 +36,8 @@ if (($# < 2)); then
 fi
 config=$1 script=$2
 shift 2
+[[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "-n: \`$ranks\` (expected a whole number of at least 1)"
+[[ -z $port || $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "-p: \`$port\` (expected a port)"
+[[ -r $config && ! -d $config ]] || fail "cannot read \`$config\` (expected a DeepSpeed config)"
 
 exec deepspeed ${launcher[@]+"${launcher[@]}"} --module ssdtrain_plugin.run "$script" --deepspeed_config "$config" "$@"

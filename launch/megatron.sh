@@ -24,7 +24,7 @@ TEXT
 }
 
 fail() {
-    echo "launch/megatron.sh: $1" >&2
+    printf 'launch/megatron.sh: %s\n' "$1" >&2
     exit 2
 }
 
@@ -48,7 +48,9 @@ fi
 [[ -z $hostfile || -z $is_slurm ]] || fail 'both -H and -S were given (expected one of them)'
 config=$1 script=$2
 shift 2
-[[ -r $config ]] || fail "cannot read \`$config\` (expected a file such as configs/megatron/gpt.flags)"
+[[ -z $ranks || $ranks =~ ^[1-9][0-9]*$ ]] || fail "-n: \`$ranks\` (expected a whole number of at least 1)"
+[[ -z $port || $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "-p: \`$port\` (expected a port)"
+[[ -r $config && ! -d $config ]] || fail "cannot read \`$config\` (expected a file such as configs/megatron/gpt.flags)"
 [[ -z $hostfile || -r $hostfile ]] || fail "cannot read \`$hostfile\` (expected lines such as \`node1 slots=8\`)"
 
 flags=()

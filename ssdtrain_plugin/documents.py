@@ -31,6 +31,7 @@ MAX_YAML_BYTES = 64 * KIB
 _MOST_MERGED = 256
 _LONGEST_NAME = 64
 _READABLE_BITS = 256
+_TAG = "tag:yaml.org,2002:"
 
 _Table = TypeVar("_Table", bound=BaseModel)
 
@@ -161,7 +162,7 @@ def parse_yaml(text: str) -> Any:
         said = ", ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise ValueError(f"{said}{where}") from None
+        raise ValueError(f"{said.replace(_TAG, '!!')}{where}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:

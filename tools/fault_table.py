@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this text; the manual is left alone")
     parser.add_argument("--host", choices=(PLAIN, PIPELINE), action="append", help="default: both")
     arguments = parser.parse_args()
+    if not any(arguments.only in case.name for case in ALL_CASES):
+        parser.error(f"--only: {arguments.only!r} (expected a part of the name of a case)")
     end_on_sigterm()
     arguments.work.mkdir(parents=True, exist_ok=True)
     console, started = Console(soft_wrap=True, highlight=False), time.monotonic()

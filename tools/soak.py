@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "soak", help="a directory on a drive")
     parser.add_argument("--plot", type=Path, help="default: soak.png in WORK")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps: {arguments.steps} (expected at least 1)")
     end_on_sigterm()
     console, work = Console(), arguments.work.resolve()
     clean = run_job(work / "clean", steps=arguments.steps, is_faulty=False)

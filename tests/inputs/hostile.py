@@ -172,7 +172,7 @@ MONSTROUS_FILES = {
     "empty": b"",
     "laughs": _BOMB,
     "merges": _MERGES,
-    "deep": b"[" * 30_000,
+    "deep": b"[\n" * 15_000,
     "deep block": b"- " * 20_000,
     "cycle": b"&x {a: *x, b: [*x]}",
     "a list": b"- 1\n- 2\n",
