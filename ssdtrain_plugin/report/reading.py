@@ -208,7 +208,8 @@ def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Itera
                 reason = f"{where}: {first['msg']}" if where else str(first["msg"])
             except (ValueError, RecursionError) as error:
                 # A process that was killed leaves half a line at the end.
-                reason = "cut off" if not text.endswith(b"\n") else f"not JSON: {error}"
+                is_cut = not text.endswith(b"\n") and len(text) < _LONGEST_LINE_BYTES
+                reason = "cut off" if is_cut else f"not JSON: {error}"
             else:
                 continue
             num_problems += 1

@@ -98,7 +98,7 @@ def _check(arguments, done):
     assert done.stdout == ""
 
 
-@each_input(2)
+@each_input()
 @given(st.data())
 def test_a_command_line(folder, places, data):
     before = sorted(folder.iterdir())

@@ -222,10 +222,12 @@ def test_impossible_parallelism(model, cluster, problem):
 
 
 def test_zero_bandwidth():
-    drive = {**DRIVE, "write_bytes_per_second": 0}
-    assert _answer(lambda: cluster_from_dict({**CLUSTER, "drive": drive}, source="`cluster.yaml`")).startswith(
-        "1 problem in `cluster.yaml`:\n  drive.write_bytes_per_second: 0 (expected greater than 0)\n\nhint: the fields are "
-    )
+    cluster = {**CLUSTER, "drive": {**DRIVE, "write_bytes_per_second": 0}}
+    answer = _answer(lambda: cluster_from_dict(cluster, source="`cluster.yaml`"))
+    head, line, _, hint = answer.split("\n")
+    assert head == "1 problem in `cluster.yaml`:"
+    assert line == "  drive.write_bytes_per_second: 0 (expected greater than 0)"
+    assert hint.startswith("hint: the fields are name, gpu, gpus, ")
 
 
 @pytest.mark.parametrize(
