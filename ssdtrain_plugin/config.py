@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ssdtrain_plugin.documents import nearest, read_yaml, shown
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.errors import ConfigError, printable
 from ssdtrain_plugin.units import GIB, LARGEST_BYTES, MIB, parse_bytes
 
 __all__ = ["OffloadConfig", "expand_path"]
@@ -193,6 +193,8 @@ class OffloadConfig(BaseModel):
         Raises:
             ConfigError: Lists every fault.
         """
+        # Pydantic does not say where a name is that UTF-8 cannot hold; escaped, it is an unknown one.
+        options = {printable(name): value for name, value in options.items()}
         try:
             super().__init__(**options)
         except ValidationError as error:

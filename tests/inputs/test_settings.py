@@ -155,6 +155,12 @@ def test_a_path_cannot_begin_a_line_of_a_log(caplog):
     assert r"`ssdtrain\n\x1b`" in caplog.text
 
 
+def test_a_name_that_is_no_text_is_unknown():
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig(policy="none", **{"\ud800": 1})
+    assert caught.value.problems == (r"\ud800: unknown option",)
+
+
 def test_a_key_that_is_there_twice_is_refused_as_deepspeed_does(tmp_path):
     deepspeed = pytest.importorskip("ssdtrain_plugin.integrations.deepspeed")
     path = tmp_path / "ds.json"
