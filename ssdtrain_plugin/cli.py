@@ -19,7 +19,7 @@ from ssdtrain_plugin.cli_bench import bench, size_in_bytes
 from ssdtrain_plugin.cli_errors import Commands
 from ssdtrain_plugin.cli_plan import plan
 from ssdtrain_plugin.cli_report import report
-from ssdtrain_plugin.errors import printable
+from ssdtrain_plugin.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.doctor import Diagnosis
@@ -60,7 +60,11 @@ def doctor(
     from ssdtrain_plugin.doctor import ModelShape, examine, examine_machine, predict  # torch
     from ssdtrain_plugin.doctor.rendering import directory_table, machine_table, prediction_table
 
-    shape = None if model is None else ModelShape.from_yaml(model)
+    try:
+        shape = None if model is None else ModelShape.from_yaml(model)
+    except ConfigError as error:
+        typer.echo(f"--model: {error}", err=True)
+        raise typer.Exit(2) from None
     diagnoses = []
     with Progress(
         TextColumn("{task.description}"),

@@ -34,7 +34,9 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    layers: Count = Field(le=MOST_LAYERS, description="Layers of one rank: with a pipeline, of one stage.")
+    layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] = Field(
+        description="Layers of one rank: with a pipeline, of one stage."
+    )
     hidden: Count = Field(description="Hidden size.")
     heads: Count = Field(description="Attention heads.")
     sequence: Count = Field(description="Tokens of one sequence.")

@@ -59,7 +59,9 @@ class ModelSpec(BaseModel):
     name: str = Field(default="model", description="For the report.")
     source: str = Field(default="", description="Where the sizes come from.")
     family: Literal["gpt", "bert", "t5", "llama"] = Field(default="gpt", description="Which kind of layers and head.")
-    layers: Count = Field(le=MOST_LAYERS, description="All layers; of t5, encoder and decoder together.")
+    layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] = Field(
+        description="All layers; of t5, encoder and decoder together."
+    )
     decoder_layers: Count | None = Field(
         default=None, description="t5: of these, how many decode; half of them, rounded down, by default."
     )
