@@ -19,7 +19,7 @@ ELEMENT_BYTES = {"fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4, "bool": 1, "int64": 
 DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embedding", "attention_scores", "attention_output", "feedforward")
 """Where a transformer drops elements out, and saves a mask of one byte each."""
 
-MOST_LAYERS = 4096
+MOST_LAYERS = 1024
 """Beyond it a typing error is more likely than a model, and a plan takes minutes."""
 
 _GATED = ("swiglu", "geglu")

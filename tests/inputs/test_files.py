@@ -108,8 +108,8 @@ def test_a_plan(data):
 @pytest.mark.parametrize(
     ("model", "cluster"),
     [
-        ({"layers": 4096}, {}),
-        ({"layers": 4096, "family": "t5"}, {"gpus": 4096, "parallel": {"pp": 4096}}),
+        ({"layers": 1024}, {}),
+        ({"layers": 1024, "family": "t5"}, {"gpus": 1024, "parallel": {"pp": 1024}}),
         ({name: 10**9 for name in ("hidden", "heads", "kv_heads", "ffn", "vocab", "sequence")}, {}),
         ({}, {"batch": {"micro_batch": 10**9, "micro_batches": 10**9}}),
         ({}, {"efficiency": 1e-6, "drive": {name: 1e-6 for name in DRIVE}, "network_bytes_per_second": 1e-6}),

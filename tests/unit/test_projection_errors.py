@@ -64,7 +64,7 @@ def error_of(model=None, cluster=None):
         ({"family": "t5", "decoder_layers": 8}, {}, "decoder_layers: 8 (expected at least 1 and fewer than layers, 8)"),
         ({"fused_activation": True}, {}, "fused_activation: does nothing with `activation: gelu`"),
         ({"hidden": 0}, {}, "hidden: 0 (expected greater than 0)"),
-        ({"layers": 10**9}, {}, "layers: 1000000000 (expected less than or equal to 4096)"),
+        ({"layers": 10**9}, {}, "layers: 1000000000 (expected less than or equal to 1024)"),
         ({"dropout": ["everywhere"]}, {}, "dropout.0: 'everywhere'"),
         ({"atention": "flash"}, {}, "atention: unknown field (did you mean `attention`?)"),
         ({"preset": "gpt3-175"}, {}, "preset: 'gpt3-175' is unknown (did you mean `gpt3-175b`?)"),
