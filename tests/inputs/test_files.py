@@ -109,7 +109,7 @@ def test_a_plan(data):
     ("model", "cluster"),
     [
         ({"layers": 1024}, {}),
-        ({"layers": 1024, "family": "t5"}, {"gpus": 1024, "parallel": {"pp": 1024}}),
+        ({"layers": 1024, "family": "t5"}, {"gpus": 128, "parallel": {"pp": 128}}),
         ({name: 10**9 for name in ("hidden", "heads", "kv_heads", "ffn", "vocab", "sequence")}, {}),
         ({}, {"batch": {"micro_batch": 10**9, "micro_batches": 10**9}}),
         ({}, {"efficiency": 1e-6, "drive": {name: 1e-6 for name in DRIVE}, "network_bytes_per_second": 1e-6}),
