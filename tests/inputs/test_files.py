@@ -98,7 +98,7 @@ def test_a_plan(data):
     ):
         if data.draw(st.booleans()):
             cluster[part] = data.draw(changed(table))
-    found = accepted_or_refused(lambda: project(model_from_dict(model), cluster_from_dict(cluster)), " in the ")
+    found = accepted_or_refused(lambda: project(model_from_dict(model), cluster_from_dict(cluster)), " in ")
     if found is not None:
         json.dumps(as_dict(found), allow_nan=False)
         with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
