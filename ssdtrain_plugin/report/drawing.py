@@ -230,12 +230,14 @@ def _steps(run: Run) -> Picture:
 def _timeline(run: Run, step: int) -> Picture:
     ranks = [rank for rank in run.traced if any(each.step == step for each in rank.traced_steps)][:MAX_RANKS]
     figure, rows = _figure(len(ranks), 2.0)
-    begins = [run.seconds_of(rank, each.begin) for rank in ranks for each in rank.traced_steps if each.step == step]
-    origin = min(begins)
+    spans = [(rank, each) for rank in ranks for each in rank.traced_steps if each.step == step]
+    origin = min(run.seconds_of(rank, each.begin) for rank, each in spans)
+    is_long = max(run.seconds_of(rank, each.end) for rank, each in spans) - origin > _MOST_MILLISECONDS / 1e3
+    unit, per_second = ("seconds", 1.0) if is_long else ("milliseconds", 1e3)
     for axes, rank in zip(rows, ranks, strict=True):
-        _draw_rank(axes, rank, step, partial(_milliseconds, run, rank, origin))
+        _draw_rank(axes, rank, step, partial(_since, run, rank, origin, per_second))
         _label(axes, title=f"rank {rank.rank}")
-    _label(rows[-1], x=f"milliseconds since step {step} began", title=f"rank {ranks[-1].rank}")
+    _label(rows[-1], x=f"{unit} since step {step} began", title=f"rank {ranks[-1].rank}")
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=COLOURS[colour], hatch=hatch, edgecolor=COLOURS["inside"]) for _, colour, hatch in _BARS]
@@ -256,11 +258,12 @@ _BARS = [
     ("load", "purple", ""),
     ("load on demand", "purple", "xxxx"),
 ]
+_MOST_MILLISECONDS = 10_000  # a longer step is drawn in seconds
 _LANES = {"compute": 3, "wait": 2, "store": 1, "load": 0}
 
 
-def _milliseconds(run: Run, rank: RankRecord, origin: float, clock_seconds: float) -> float:
-    return 1e3 * (run.seconds_of(rank, clock_seconds) - origin)
+def _since(run: Run, rank: RankRecord, origin: float, per_second: float, clock_seconds: float) -> float:
+    return per_second * (run.seconds_of(rank, clock_seconds) - origin)
 
 
 def _draw_rank(axes: Axes, rank: RankRecord, step: int, at: Callable[[float], float]) -> None:

@@ -176,6 +176,15 @@ def test_the_step_of_the_time_line_can_be_chosen(job, tmp_path):
     assert "77 was not recorded" in refused.output
 
 
+@pytest.mark.parametrize(("most", "unit"), [(10_000, "milliseconds"), (100, "seconds")])
+def test_the_time_line_of_a_long_step_is_in_seconds(tmp_path, monkeypatch, most, unit):
+    monkeypatch.setattr("ssdtrain_plugin.report.drawing._MOST_MILLISECONDS", most)
+    write_steps(tmp_path / "run", 0)
+    write_events(tmp_path / "run", 0, ManualClock())
+    assert report(tmp_path / "run", "--output", tmp_path / "page.html").exit_code == 0
+    assert f">{unit} since step 0 began<" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------- reading
 
 
