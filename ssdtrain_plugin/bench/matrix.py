@@ -149,14 +149,14 @@ def quick_matrix() -> RokMatrix:
     states of 2 MiB, which torch lays in huge pages on a CPU, so that they reach the drive without a copy.
     """
     stacks = tuple(
-        Stack(name=family, family=family, layers=3, hidden=512, heads=8, sequence=128, microbatch=8)
+        Stack(name=family, family=family, layers=2, hidden=512, heads=8, sequence=128, microbatch=8)
         for family in FAMILIES
     )
-    # A stack saves some 100 MiB: with wider bounds all of it might be in flight, and no peak would be lower.
-    options = {"min_tensor_bytes": 64 * KIB, "max_inflight_bytes": 16 * MIB, "prefetch_bytes": 16 * MIB}
+    # A stack saves some 70 MiB: with wider bounds all of it might be in flight, and no peak would be lower.
+    options = {"min_tensor_bytes": 64 * KIB, "max_inflight_bytes": 12 * MIB, "prefetch_bytes": 12 * MIB}
     return RokMatrix(
         stacks=stacks,
-        rounds=5,
+        rounds=7,
         warm_up_rounds=3,
         budget_rounds=3,
         budget_warm_up_rounds=2,
