@@ -1,0 +1,24 @@
+"""Runs seeds of the race suite and writes a line of JSON for each: ``race_worker.py FIRST COUNT [STEP] [--until-failure]``."""
+
+import json
+import sys
+
+from race_run import prepare_process, race
+
+
+def main():
+    numbers = [int(text) for text in sys.argv[1:] if not text.startswith("-")]
+    first, count = numbers[:2]
+    step = numbers[2] if len(numbers) > 2 else 1
+    prepare_process()
+    for index in range(count):
+        report = race(first + index * step)
+        line = {"seed": report.seed, "failure": report.failure, "digest": report.digest, "seen": report.seen}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+        if report.failure is not None and "--until-failure" in sys.argv:
+            break
+
+
+if __name__ == "__main__":
+    main()
