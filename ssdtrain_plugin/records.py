@@ -64,27 +64,30 @@ class Lease:
 
     Args:
         record: Whose bytes the handles need.
-        ended: Gets the record when the lease dies.
+        ended: Gets the record when the lease has died.
     """
 
-    __slots__ = ("__weakref__", "_ended", "record")
+    __slots__ = ("__weakref__", "record")
 
     def __init__(self, record: Record, ended: deque[Record]) -> None:
         """Bind the record and the deque."""
         self.record = record
-        self._ended = ended
+        # Not `__del__`: while that runs a weak reference still finds its object, and another
+        # thread could give new handles to a record that is about to be freed.
+        record.lease = weakref.ref(self, partial(_let_go, record, ended))
 
-    def __del__(self) -> None:
-        """Let go of the bytes and report; takes no lock, see the note of this module."""
-        self.record.storage = None
-        self._ended.append(self.record)
+
+def _let_go(record: Record, ended: deque[Record], _: object) -> None:
+    """Let go of the bytes and report; takes no lock, see the note of this module."""
+    record.storage = None
+    ended.append(record)
 
 
 class Record:
     """One storage, or a span of it, that autograd saved at one version.
 
     Everything here is guarded by the lock of ``TensorCache``, but for what
-    :class:`Lease` does when it dies.
+    happens when its :class:`Lease` dies.
 
     Attributes:
         serial: Number of the record, never reused.

@@ -76,13 +76,12 @@ class RecordTable:
         record.would_be_bytes = 0 if is_known else storage_bytes
         siblings.append(record)
         self._by_serial[record.serial] = record
-        lease = Lease(record, self.ended)
-        record.lease = weakref.ref(lease)
-        return lease
+        return Lease(record, self.ended)
 
     def pop_ended(self) -> Record:
         """Take a record whose last handle died, from :attr:`ended`, and forget it."""
         record = self.ended.popleft()
+        record.lease = None  # which holds the record
         del self._by_serial[record.serial]
         address = record.address
         siblings = self._by_storage[address]

@@ -192,8 +192,8 @@ class PlainRun:
         graphs.clear()
 
     def word_for(self, error):
-        if "modified by an inplace operation" in str(error):
-            return "mutated"
+        if "modified by an inplace operation" in str(error) or "has been modified inplace" in str(error):
+            return "mutated"  # of views of a split torch says it in other words, and looks at other times
         return f"backward: {str(error)[:60]}"
 
 

@@ -202,11 +202,11 @@ def prepare_process():
     gc.disable()
 
 
-def race(seed):
-    """Run one seed."""
+def race(seed, threads):
+    """Run one seed, on threads that are lent."""
     program = random_program(seed)
     expected = PlainRun(program).run()
-    scheduler = Scheduler(seed, traced=[module.__file__ for module in _MODULES])
+    scheduler = Scheduler(seed, threads, traced=[module.__file__ for module in _MODULES])
     report = Report(seed)
     was_enabled = gc.isenabled()
     gc.disable()

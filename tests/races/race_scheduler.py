@@ -18,8 +18,9 @@ import random
 import sys
 import zlib
 from collections import deque
+from functools import partial
 
-__all__ = ["Aborted", "Deadlock", "Scheduler", "Task", "Violation"]
+__all__ = ["Aborted", "Deadlock", "Scheduler", "Task", "Threads", "Violation"]
 
 REAL_SECONDS = 60.0
 """How long a thread waits for its baton: only if a lock that is not ours holds another one up."""
@@ -39,6 +40,45 @@ class Deadlock(Violation):
 
 class Aborted(BaseException):
     """The run has failed elsewhere; raised wherever a thread would go on."""
+
+
+class Threads:
+    """Threads that run after run lends from: nobody can tell when a thread of its own would really be gone.
+
+    What torch keeps for a thread, handles too, dies only then.
+    """
+
+    def __init__(self):
+        self._idle = []
+
+    def run(self, work):
+        """Have a thread do some work. Work ends by giving its turn away, so it is done before that."""
+        if not self._idle:
+            self._idle.append(_Worker(self._idle))
+        self._idle.pop().give(work)
+
+
+class _Worker:
+    def __init__(self, idle):
+        self._idle = idle
+        self._given = _thread.allocate_lock()
+        self._given.acquire()
+        self._work = None
+        _thread.start_new_thread(self._serve, ())
+
+    def give(self, work):
+        self._work = work
+        self._given.release()
+
+    def _serve(self):
+        while True:
+            self._given.acquire()
+            work, self._work = self._work, None
+            give_turn_away = work()
+            del work
+            self._idle.append(self)
+            give_turn_away()
+            del give_turn_away
 
 
 class Task:
@@ -104,6 +144,7 @@ class Scheduler:
 
     Args:
         seed: Of every choice.
+        threads: To run on.
         traced: Files in which a thread may lose its turn at any line.
 
     Attributes:
@@ -115,7 +156,8 @@ class Scheduler:
         digest: Of all points so far.
     """
 
-    def __init__(self, seed, *, traced=()):
+    def __init__(self, seed, threads, *, traced=()):
+        self._threads = threads
         self._chance = random.Random(f"{seed}/schedule")
         self._strategy = self._chance.choice([Walk, Walk, Priorities])(self._chance)
         self._is_traced = dict.fromkeys(traced, True)
@@ -165,7 +207,7 @@ class Scheduler:
         """Add a thread; it begins when it gets its turn."""
         task = Task(name, len(self.tasks), self._chance.random())
         self.tasks.append(task)
-        _thread.start_new_thread(self._top, (task, run))
+        self._threads.run(partial(self._top, task, run))
         return task
 
     def fail(self, error):
@@ -257,17 +299,16 @@ class Scheduler:
                 self.failure = self.failure or error
             finally:
                 sys.settrace(None)
+        del run
         task.is_finished = True
-        if self.failure is not None:
-            # Main takes the others down, one after the other; see __exit__.
-            self._hand_over(task, self._main)
-            return
-        try:
-            self._note(task, "end of thread")
-            chosen = self._choose(task)
-        except Aborted:
-            chosen = self._main
-        self._hand_over(task, chosen)
+        chosen = self._main  # after a failure it takes the others down, one after the other; see __exit__
+        if self.failure is None:
+            try:
+                self._note(task, "end of thread")
+                chosen = self._choose(task)
+            except Aborted:
+                pass
+        return partial(self._hand_over, task, chosen)
 
     def _draw_gap(self):
         return self._chance.expovariate(1 / self._mean_gap) + 1 if self._mean_gap else math.inf

@@ -4,6 +4,7 @@ import json
 import sys
 
 from race_run import prepare_process, race
+from race_scheduler import Threads
 
 
 def main():
@@ -11,8 +12,9 @@ def main():
     first, count = numbers[:2]
     step = numbers[2] if len(numbers) > 2 else 1
     prepare_process()
+    threads = Threads()
     for index in range(count):
-        report = race(first + index * step)
+        report = race(first + index * step, threads)
         line = {"seed": report.seed, "failure": report.failure, "digest": report.digest, "seen": report.seen}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

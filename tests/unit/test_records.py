@@ -47,6 +47,20 @@ def test_a_lease_that_dies_lets_go_and_reports_once():
     assert list(ended) == [record]
 
 
+def test_a_lease_that_dies_is_found_no_more():
+    """Another thread may run inside a finalizer; what it found then, it would give to new handles."""
+
+    class Ended(deque):
+        def append(self, record):
+            super().append(record.lives())
+
+    ended, record = Ended(), make_record()
+    lease = Lease(record, ended)
+    assert record.lives() is lease
+    del lease
+    assert list(ended) == [None]
+
+
 def test_handles_share_a_lease_and_the_last_one_ends_it():
     ended, tensor = deque(), torch.ones(4)
     record = make_record()
