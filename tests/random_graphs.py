@@ -96,8 +96,9 @@ def build(program, inputs):
     return loss_of(pool)
 
 
-def backward(loss, inputs, passes):
+def backward(loss, inputs, passes, after_pass=lambda: None):
     found = []
     for number in range(passes):
         found += torch.autograd.grad(loss, inputs, retain_graph=number + 1 < passes, allow_unused=True)
+        after_pass()
     return found

@@ -86,15 +86,13 @@ class Checks:
         self._queue = queue
         self._tiers = tiers
         self._max_inflight_bytes = max_inflight_bytes
-        self.num_points = 0
-        self.num_releases = 0
+        self.may_be_ahead_in_vain = False  # a storage that its owner freed and filled again is not loaded ahead
         scheduler.on_point = self._at_point
         cache._lock.on_release = self._at_release
 
     # At each point
 
     def _at_point(self):
-        self.num_points += 1
         queue = self._queue
         if queue._lock.locked():
             return  # it is about to change
@@ -110,7 +108,6 @@ class Checks:
     # Whenever the cache's lock is given back
 
     def _at_release(self):
-        self.num_releases += 1
         for record in self._records():
             self._check_record(record)
         self._check_account()
@@ -139,6 +136,8 @@ class Checks:
             check(record.store is not None, says)
         if state is State.LOADING:
             check(record.load is not None, says)
+        if state is State.STORED and record.is_ahead and is_alive and record.is_original_gone():
+            check(record.load is not None or self.may_be_ahead_in_vain, lambda: f"{says()}, and counts as ahead")
 
     def _check_account(self):
         records, ledger, check = self._records(), self._cache._ledger, self._scheduler.check
@@ -179,6 +178,15 @@ class Checks:
             self._scheduler.check(place not in seen, f"two records have the extent {place}")
             seen.add(place)
             self._scheduler.check(record.extent in record.tier.extents, f"{record.serial}: its extent is freed: {place}")
+
+    # Between two backwards, when no other runs
+
+    def after_pass(self):
+        """Nothing that all handles have had is held for longer."""
+        for record in self._records():
+            is_done = record.state is State.LOADED and record.pass_number > 0 and not record.num_unpacked
+            held = is_done and not record.is_ahead and record.lives() is not None
+            self._scheduler.check(not held, lambda record=record: f"record {record.serial} is held after all have had it")
 
     # At the end
 

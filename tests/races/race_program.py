@@ -186,10 +186,13 @@ class PlainRun:
     def backward(self, number, graphs):
         passes = self.program.microbatches[number].passes
         try:
-            self.outcomes[number] = backward(graphs[0].loss, graphs[0].inputs, passes)
+            self.outcomes[number] = backward(graphs[0].loss, graphs[0].inputs, passes, self.after_pass)
         except RuntimeError as error:
             self.outcomes[number] = self.word_for(error)
         graphs.clear()
+
+    def after_pass(self):
+        pass
 
     def word_for(self, error):
         if "modified by an inplace operation" in str(error) or "has been modified inplace" in str(error):
@@ -204,6 +207,7 @@ class PluginRun(PlainRun):
         self.rig = rig
         self.steps = []
         self.num_raised = 0
+        self._num_in_backward = 0
         self._jobs = []
         self._is_over = False
         self._other = None
@@ -256,9 +260,15 @@ class PluginRun(PlainRun):
         is_announced = chance.random() < 0.5
         if is_announced:
             self.rig.cache.expect_backward(index)
+        self._num_in_backward += 1
         super().backward(number, graphs)
+        self._num_in_backward -= 1
         if is_announced:
             self.rig.cache.end_backward(0.0)
+
+    def after_pass(self):
+        if self._num_in_backward == 1:
+            self.rig.checks.after_pass()
 
     def word_for(self, error):
         self.num_raised += 1
@@ -309,6 +319,7 @@ class PluginRun(PlainRun):
         storage = tensor.untyped_storage()
         nbytes, address = storage.nbytes(), storage.data_ptr()
         saved = ctypes.string_at(address, nbytes)
+        self.rig.checks.may_be_ahead_in_vain = True
         storage.resize_(0)
         self.rig.scheduler.point("memory is freed")
         if self.rig.chance.random() < 0.5:
