@@ -5,6 +5,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+STRESS_ARGS ?=
+MUTATION_ARGS ?=
 # From 0.17 on megatron-core wants Python 3.12; its tests run there too if this machine has one.
 MEGATRON_PYTHON ?= $(shell for p in python3.12 python3.13 $$(ls -d "$$(dirname "$$(dirname "$$(command -v pyenv || echo /-/-/-)")")"/versions/3.12*/bin/python3.12 2>/dev/null); do "$$p" -c 'import ensurepip, venv' 2>/dev/null && echo "$$p" && break; done)
 BENCH_PATH ?= .cache/bench
@@ -33,7 +35,7 @@ export HOME := $(CURDIR)/.cache/home
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-faults soak megatron lint type format docs bench clean compiler
+.PHONY: help install demo test test-all test-faults soak stress mutations megatron lint type format docs bench clean compiler
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +92,12 @@ test-faults: compiler $(STAMP) ## Run every fault under every host, write the ta
 
 soak: compiler $(STAMP) ## Train 2,000 steps under faults at random: equal to the last bit, nothing grows (ten minutes).
 	@$(BIN)/python tools/soak.py
+
+stress: $(STAMP) ## Run 10,000 seeded runs of the race suite on all cores (STRESS_ARGS="--count 500 --first 0").
+	@$(BIN)/python tools/stress.py $(STRESS_ARGS)
+
+mutations: $(STAMP) ## Take each guard out of a copy of the core and see that the race suite notices (half an hour).
+	@$(BIN)/python tools/mutations.py $(MUTATION_ARGS)
 
 lint: $(STAMP) ## Check style and format.
 	@$(BIN)/ruff check .

@@ -165,14 +165,14 @@ GUARDS = (
     Guard(
         "a cancelled transfer is skipped",
         "transfer.py",
-        "                    if transfer.state is TransferState.QUEUED:\n                        transfer.state = TransferState.RUNNING\n",
-        "                    if True:\n                        transfer.state = TransferState.RUNNING\n",
+        "                    if transfer.state is TransferState.QUEUED:\n            ",
+        "                    if True:\n            ",
     ),
     Guard(
         "a store that was cancelled leaves its record resident",
         "reload.py",
-        "        if record.store is not None and self._queue.cancel(record.store):\n            self.stay_resident(record)\n",
-        "        if record.store is not None:\n            self._queue.cancel(record.store)\n",
+        "self._queue.cancel(record.store):\n            self.stay_resident(record)\n",
+        "self._queue.cancel(record.store):\n            pass\n",
     ),
     Guard(
         "what was forwarded stays resident when its store ends",

@@ -28,11 +28,13 @@ class RaceResult:
         seed: By which it is repeated.
         failure: What went wrong, in full; or None.
         points: How often a thread could lose its turn.
+        digest: Of all of them.
     """
 
     seed: int
     failure: str | None
     points: int
+    digest: int
 
     @property
     def check(self) -> str:
@@ -66,11 +68,11 @@ def races(
             for line in process.stdout or ():
                 run = json.loads(line)
                 num_seen += 1
-                yield RaceResult(run["seed"], run["failure"], run["seen"].get("points", 0))
+                yield RaceResult(run["seed"], run["failure"], run["seen"].get("points", 0), run["digest"])
                 if run["failure"] is not None and until_failure:
                     return
             error = (process.stderr.read() if process.stderr else "").strip()
             if num_seen < count:
-                yield RaceResult(first + num_seen * step, f"the process died: {error[-2000:]}", 0)
+                yield RaceResult(first + num_seen * step, f"the process died: {error[-2000:]}", 0, 0)
         finally:
             process.kill()

@@ -98,7 +98,9 @@ class Checks:
             return  # it is about to change
         check, stores = self._scheduler.check, queue.stores()
         in_flight = sum(stores)
-        check(queue._inflight_bytes == in_flight, lambda: f"{queue._inflight_bytes} bytes in flight, really {in_flight}")
+        check(
+            queue._inflight_bytes == in_flight, lambda: f"{queue._inflight_bytes} bytes in flight, really {in_flight}"
+        )
         check(queue._num_unfinished == len(queue.unsettled), "transfers were miscounted")
         # One store larger than the budget is admitted when nothing else is in flight.
         is_alone = sum(nbytes > 0 for nbytes in stores) <= 1
@@ -177,7 +179,9 @@ class Checks:
             place = record.tier.name, record.extent
             self._scheduler.check(place not in seen, f"two records have the extent {place}")
             seen.add(place)
-            self._scheduler.check(record.extent in record.tier.extents, f"{record.serial}: its extent is freed: {place}")
+            self._scheduler.check(
+                record.extent in record.tier.extents, f"{record.serial}: its extent is freed: {place}"
+            )
 
     # Between two backwards, when no other runs
 
@@ -186,7 +190,9 @@ class Checks:
         for record in self._records():
             is_done = record.state is State.LOADED and record.pass_number > 0 and not record.num_unpacked
             held = is_done and not record.is_ahead and record.lives() is not None
-            self._scheduler.check(not held, lambda record=record: f"record {record.serial} is held after all have had it")
+            self._scheduler.check(
+                not held, lambda record=record: f"record {record.serial} is held after all have had it"
+            )
 
     # At the end
 

@@ -1,4 +1,4 @@
-"""A random training program: micro-batches and what happens to them, as data, and how to run it with or without us."""
+"""A random training program: micro-batches and what happens to them, as data; run with or without us."""
 
 import ctypes
 import gc
@@ -17,8 +17,8 @@ _NUM_SHARED = 3
 _KINDS = ("unary", "unary", "unary", "binary", "shared", "in place")
 _NAMES = {"unary": sorted(UNARY), "binary": sorted(BINARY), "in place": sorted(IN_PLACE), "shared": ["mul"]}
 _EXTRAS = {
-    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 0.3, "forget": 2, "end step": 1, "collect": 1,
-    "release": 1, "time passes": 1, "discard": 2, "ask": 1,
+    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 0.3, "forget": 2, "end step": 1,
+    "collect": 1,    "release": 1, "time passes": 1, "discard": 2, "ask": 1,
 }  # fmt: skip
 
 
@@ -327,7 +327,9 @@ class PluginRun(PlainRun):
         self.rig.scheduler.check(storage.nbytes() == 0, "a storage that its owner freed has memory again")
         taken = []
         storage.resize_(nbytes)
-        while storage.data_ptr() == address:  # the same place again cannot be noticed: a limit that docs/design.md names
+        while (
+            storage.data_ptr() == address
+        ):  # the same place again cannot be noticed: a limit that docs/design.md names
             storage.resize_(0)
             taken.append(torch.empty(nbytes, dtype=torch.uint8))
             storage.resize_(nbytes)

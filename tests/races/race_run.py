@@ -238,7 +238,9 @@ def _run(seed, scheduler, program, expected, report):
         run.steps.append(rig.cache.end_step(0))
         for number, outcome in expected.items():
             is_same = are_same(ours[number], outcome) or ours[number] == "lost"
-            scheduler.check(is_same, lambda n=number: f"micro-batch {n}: {ours[n]}\nexpected {expected[n]}")
+            words = [found if isinstance(found, str) else "gradients" for found in (ours[number], outcome)]
+            differ = "gradients differ" if words == ["gradients"] * 2 else f"{words[0]}, expected {words[1]}"
+            scheduler.check(is_same, f"micro-batch {number}: {differ}\nours {ours[number]}\nexpected {outcome}")
         rig.checks.at_end(run.steps, may_leak=run.num_raised > 0)
         _count(report.seen, rig, run, ours)
     except Aborted:

@@ -30,7 +30,7 @@ _MOST_POINTS = 60_000
 _SHOWN = 30
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818 - what it is called in checks of models
     """Something that must never be."""
 
 
@@ -104,6 +104,12 @@ class Task:
         self.deadline = None
         self.is_finished = False
         self.calls = []
+
+    def where(self):
+        """Say where it stands."""
+        if self.is_finished:
+            return "ended"
+        return f"waits for {self.what}" if self.predicate else "can go on"
 
     def is_ready(self, now):
         return not self.is_finished and (
@@ -237,10 +243,7 @@ class Scheduler:
 
     def picture(self):
         """Say who waits where, and what happened last."""
-        lines = [
-            f"  {task.name}: {'ended' if task.is_finished else 'waits for ' + task.what if task.predicate else 'can go on'}"
-            for task in self.tasks
-        ]
+        lines = [f"  {task.name}: {task.where()}" for task in self.tasks]
         recent = [f"  {self.tasks[number].name}: {what}" for number, what in self._recent]
         return "\n".join(["threads:", *lines, "the last points:", *recent])
 

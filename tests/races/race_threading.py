@@ -1,4 +1,4 @@
-"""What stands in place of ``threading`` and ``time`` in the modules under test: as theirs, with a scheduler's points."""
+"""What stands in place of ``threading`` and ``time`` in the modules under test: the same, with points."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Runs seeds of the race suite and writes a line of JSON for each: ``race_worker.py FIRST COUNT [STEP] [--until-failure]``."""
+"""Runs seeds of the race suite; a line of JSON each: ``race_worker.py FIRST COUNT [STEP] [--until-failure]``."""
 
 import json
 import sys
