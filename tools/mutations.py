@@ -6,25 +6,29 @@ Run by ``make mutations``. Exits with 1 if a guard is missed that is not explain
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from guards import GUARDS, Guard
 from job_processes import ROOT
-from race_jobs import races
+from race_jobs import RaceResult
 from rich.console import Console
 from rich.table import Table
+
+import torch  # noqa: F401 - once, before the processes are forked: that is most of what a guard would take
 
 __all__ = ["Finding", "find"]
 
 _PACKAGE = "ssdtrain_plugin"
 _MOST_CHARACTERS = 110
+_FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,63 @@ class Finding:
     check: str | None
 
 
-def find(guard: Guard, *, first: int, most: int) -> Finding:
-    """Run seeds without a guard until one fails.
+def _run(guard: Guard, first: int, most: int, package: Path, sink: Connection) -> None:
+    """Run seeds without a guard until one fails; in a process of its own."""
+    source = package / _PACKAGE / guard.file
+    source.write_text(guard.removed_from(source.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.path[:0] = [str(package), str(ROOT / "tests"), str(ROOT / "tests" / "races")]
+    from race_run import prepare_process, race
+    from race_scheduler import Threads
+
+    prepare_process()
+    threads, failure, num_runs = Threads(), None, 0
+    while failure is None and num_runs < most:
+        failure = race(first + num_runs, threads).failure
+        num_runs += 1
+    sink.send((num_runs, failure))
+
+
+class _Job:
+    """A guard, a copy of the package without it, and the process that runs there."""
+
+    def __init__(self, guard: Guard, first: int, most: int) -> None:
+        self.guard = guard
+        self._folder = tempfile.TemporaryDirectory(prefix="ssdtrain-mutation-")
+        copy = Path(self._folder.name) / _PACKAGE
+        shutil.copytree(ROOT / _PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        self.source, sink = _FORK.Pipe(duplex=False)
+        self._process = _FORK.Process(target=_run, args=(guard, first, most, copy.parent, sink))
+        self._process.start()
+        sink.close()
+
+    def finding(self) -> Finding:
+        """Take what the process has found; it has ended, or is about to."""
+        try:
+            num_runs, failure = self.source.recv()
+        except EOFError:
+            num_runs, failure = 0, "the process died"
+        self._process.join()
+        self._folder.cleanup()
+        check = None if failure is None else RaceResult(0, failure, 0, 0).check[:_MOST_CHARACTERS]
+        return Finding(self.guard, num_runs, check)
+
+
+def find(guards: Iterable[Guard], *, first: int, most: int, processes: int) -> Iterator[Finding]:
+    """Run seeds without each guard until one fails.
 
     Args:
-        guard: To be taken out.
+        guards: To be taken out, one at a time.
         first: The first seed.
         most: How many seeds at most.
+        processes: At the same time.
     """
-    with tempfile.TemporaryDirectory(prefix="ssdtrain-mutation-") as folder:
-        copy = Path(folder) / _PACKAGE
-        shutil.copytree(ROOT / _PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / guard.file).write_text(guard.removed_from((copy / guard.file).read_text(encoding="utf-8")))
-        num_runs = 0
-        for result in races(first, most, package=Path(folder), until_failure=True):
-            num_runs += 1
-            if result.failure is not None:
-                return Finding(guard, num_runs, result.check[:_MOST_CHARACTERS])
-    return Finding(guard, num_runs, None)
+    waiting, running = list(guards)[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            job = _Job(waiting.pop(), first, most)
+            running[job.source] = job
+        for source in wait(list(running)):
+            yield running.pop(source).finding()
 
 
 def _render(findings: Iterable[Finding], most: int) -> Table:
@@ -93,14 +136,13 @@ def main() -> None:
     console = Console()
     guards = [guard for guard in GUARDS if not arguments.only or arguments.only in guard.name]
 
-    def run(guard: Guard) -> Finding:
-        finding = find(guard, first=arguments.first, most=arguments.most)
-        text = finding.check or "none"
-        console.print(f"{guard.name}: {finding.num_runs} runs, {text}", markup=False, highlight=False, soft_wrap=True)
-        return finding
-
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        findings = list(pool.map(run, guards))
+    findings = []
+    options = {"first": arguments.first, "most": arguments.most, "processes": arguments.processes}
+    for finding in find(guards, **options):
+        findings.append(finding)
+        text = f"{finding.guard.name}: {finding.num_runs} runs, {finding.check or 'NONE FAILED'}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    findings.sort(key=lambda finding: guards.index(finding.guard))
     console.print(_render(findings, arguments.most))
     if arguments.markdown:
         arguments.markdown.write_text(_as_markdown(findings, arguments.most), encoding="utf-8")

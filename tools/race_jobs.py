@@ -44,33 +44,26 @@ class RaceResult:
         return lines[0] if found is None else f"{found[1]}: {found[2]}".replace("Violation: ", "")
 
 
-def races(
-    first: int, count: int, *, step: int = 1, package: Path = ROOT, until_failure: bool = False
-) -> Iterator[RaceResult]:
+def races(first: int, count: int, *, step: int = 1) -> Iterator[RaceResult]:
     """Run seeds, one after the other, in one process; a process that dies is a failed run.
 
     Args:
         first: The first seed.
         count: How many.
         step: From one seed to the next.
-        package: The directory that has the package under test.
-        until_failure: Stop at the first run that fails.
     """
-    path = os.pathsep.join([str(package), *(str(ROOT / folder) for folder in _FOLDERS)])
+    path = os.pathsep.join([str(ROOT), *(str(ROOT / folder) for folder in _FOLDERS)])
     command = [sys.executable, str(_WORKER), str(first), str(count), str(step)]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, *(["--until-failure"] if until_failure else [])],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-    ) as process:  # fmt: skip
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    ) as process:
         try:
             num_seen = 0
             for line in process.stdout or ():
                 run = json.loads(line)
                 num_seen += 1
                 yield RaceResult(run["seed"], run["failure"], run["seen"].get("points", 0), run["digest"])
-                if run["failure"] is not None and until_failure:
-                    return
             error = (process.stderr.read() if process.stderr else "").strip()
             if num_seen < count:
                 yield RaceResult(first + num_seen * step, f"the process died: {error[-2000:]}", 0, 0)

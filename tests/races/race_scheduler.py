@@ -326,7 +326,7 @@ class Scheduler:
 
     def _trace_lines(self, frame, event, arg):
         if event in ("line", "opcode") and self.failure is None:
-            self._gap -= 1
+            self._gap -= self._mean_gap / 4 if frame.f_code.co_name in _FINALIZERS else 1
             if self._gap <= 0 and not self._is_checking:
                 self._gap = self._draw_gap()
                 self.num_preemptions += 1
@@ -341,3 +341,6 @@ class Scheduler:
 
 # A storage that its owner frees between the look at it and the copy is a limit that docs/design.md names.
 _UNDIVIDED = frozenset({"write"})
+
+# Short, and rare, and in the way of anybody.
+_FINALIZERS = frozenset({"__del__", "_let_go"})

@@ -1,4 +1,4 @@
-"""Runs seeds of the race suite; a line of JSON each: ``race_worker.py FIRST COUNT [STEP] [--until-failure]``."""
+"""Runs seeds of the race suite; a line of JSON each: ``race_worker.py FIRST COUNT [STEP]``."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from race_scheduler import Threads
 
 
 def main():
-    numbers = [int(text) for text in sys.argv[1:] if not text.startswith("-")]
+    numbers = [int(text) for text in sys.argv[1:]]
     first, count = numbers[:2]
     step = numbers[2] if len(numbers) > 2 else 1
     prepare_process()
@@ -18,8 +18,6 @@ def main():
         line = {"seed": report.seed, "failure": report.failure, "digest": report.digest, "seen": report.seen}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
-        if report.failure is not None and "--until-failure" in sys.argv:
-            break
 
 
 if __name__ == "__main__":
