@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import torch  # noqa: F401 - once, before the processes are forked: that is most of what a guard would take
 from guards import GUARDS, Guard
 from job_processes import ROOT
 from race_jobs import RaceResult
 from rich.console import Console
 from rich.table import Table
-
-import torch  # noqa: F401 - once, before the processes are forked: that is most of what a guard would take
 
 __all__ = ["Finding", "find"]
 
