@@ -17,8 +17,8 @@ _NUM_SHARED = 3
 _KINDS = ("unary", "unary", "unary", "binary", "shared", "in place")
 _NAMES = {"unary": sorted(UNARY), "binary": sorted(BINARY), "in place": sorted(IN_PLACE), "shared": ["mul"]}
 _EXTRAS = {
-    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 0.3, "forget": 2, "end step": 1,
-    "collect": 1, "release": 1, "time passes": 1, "discard": 2, "ask": 1,
+    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 1.5, "forget": 2, "end step": 1,
+    "collect": 1, "release": 1, "time passes": 1, "discard": 3, "ask": 1,
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def _random_microbatch(chance, has_other_thread):
     return Microbatch(
         steps=tuple(steps),
         passes=chance.choice([1, 1, 1, 2]),
-        keeps_pool=chance.random() < 0.4,
+        keeps_pool=chance.random() < 0.5,
         is_elsewhere=has_other_thread and chance.random() < 0.6,
     )
 
