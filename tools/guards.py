@@ -198,7 +198,7 @@ GUARDS = (
         "return storage if storage is not None and storage.nbytes() >= end else None",
         "return storage",
         why_missed="a host that fills the storage again before backward does not need it; one that does not would crash "
-        "without us, so no program of the suite does it (tests/numerics/test_hostile_surroundings.py)",
+        "without us, so no program of the suite does it (tests/numerics has a test)",
     ),
     Guard(
         "stores wait for room in the budget",

@@ -136,6 +136,7 @@ class Checks:
             check(has_bytes, says)
         if state is State.STORING:
             check(record.store is not None, says)
+            check(is_alive or not has_bytes, lambda: f"{says()}, though no handle lives")
         if state is State.LOADING:
             check(record.load is not None, says)
         if state is State.STORED and record.is_ahead and is_alive and record.is_original_gone():
