@@ -197,7 +197,7 @@ GUARDS = (
         "records.py",
         "return storage if storage is not None and storage.nbytes() >= end else None",
         "return storage",
-        why_missed="a host that fills the storage again before backward does not need it; one that does not would crash "
+        why_missed="who fills the storage again before backward does not need it; who does not would crash "
         "without us, so no program of the suite does it (tests/numerics has a test)",
     ),
     Guard(
