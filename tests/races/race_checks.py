@@ -9,13 +9,13 @@ __all__ = ["Books", "Checks", "WatchedQueue"]
 
 
 class Books:
-    """What the tiers saw, apart from what was given up: to be compared with the statistics of the steps."""
+    """What the tiers saw, apart from what was given up; to be compared with the statistics of the steps."""
 
     def __init__(self):
         self.bytes = Counter()
 
     def enter(self, transfer, calls):
-        """Take what the tiers did for a transfer that has ended well."""
+        """Take what the tiers did for a transfer; what they did not finish is not among it."""
         is_move = transfer.lane == "moves"
         for tier, operation, nbytes in calls:
             if operation == "write" and tier == "ssd":
@@ -69,7 +69,7 @@ class WatchedQueue(TransferQueue):
 
     def _finish(self, transfer):
         super()._finish(transfer)
-        if transfer.error is None:
+        if not transfer.is_given_up:
             self.books.enter(transfer, self._scheduler.current.calls)
 
     def stores(self):
@@ -136,7 +136,8 @@ class Checks:
             check(has_bytes, says)
         if state is State.STORING:
             check(record.store is not None, says)
-            check(is_alive or not has_bytes, lambda: f"{says()}, though no handle lives")
+            is_reported = record in self._cache._table.ended
+            check(not is_reported or not has_bytes, lambda: f"{says()}, though no handle lives")
         if state is State.LOADING:
             check(record.load is not None, says)
         if state is State.STORED and record.is_ahead and is_alive and record.is_original_gone():
