@@ -61,6 +61,10 @@ class _Lock:
         return self.owner is not None
 
 
+class _Waiter:
+    is_notified = False
+
+
 class _Condition:
     def __init__(self, scheduler, lock, name):
         self._scheduler = scheduler
@@ -85,17 +89,17 @@ class _Condition:
         scheduler, lock = self._scheduler, self._lock
         if lock.owner is not scheduler.current:
             raise RuntimeError(f"{self._name} is waited for without its lock")
-        notified = []
-        self._waiters.append(notified)
+        waiter = _Waiter()
+        self._waiters.append(waiter)
         count, lock.count = lock.count, 1
         deadline = None if timeout is None else scheduler.now + timeout
         lock.release()
         try:
-            return scheduler.block_until(lambda: bool(notified), self._name, deadline)
+            return scheduler.block_until(lambda: waiter.is_notified, self._name, deadline)
         finally:
             if scheduler.failure is None:
-                if not notified:
-                    self._waiters.remove(notified)
+                if not waiter.is_notified:
+                    self._waiters.remove(waiter)
                 lock.acquire()
                 lock.count = count
 
@@ -111,7 +115,7 @@ class _Condition:
         if self._lock.owner is not self._scheduler.current:
             raise RuntimeError(f"{self._name} is notified without its lock")
         for _ in range(min(n, len(self._waiters))):
-            self._waiters.popleft().append(True)
+            self._waiters.popleft().is_notified = True
         self._scheduler.point(f"notify {self._name}")
 
     def notify_all(self):
