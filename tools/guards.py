@@ -223,6 +223,7 @@ GUARDS = (
         "reload.py",
         "            if record.lives() is None:\n                continue\n            if not record.is_ahead:",
         "            if not record.is_ahead:",
+        why_missed="it saves a read for nothing; whoever frees the record stops or outwaits its load",
     ),
     Guard(
         "a freed record leaves the logs",

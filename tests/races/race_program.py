@@ -18,7 +18,7 @@ _NUM_SHARED = 3
 _KINDS = ("unary", "unary", "unary", "binary", "shared", "in place")
 _NAMES = {"unary": sorted(UNARY), "binary": sorted(BINARY), "in place": sorted(IN_PLACE), "shared": ["mul"]}
 _EXTRAS = {
-    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 1.5, "forget": 2, "end step": 1,
+    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 1.5, "replace shared": 2, "forget": 2, "end step": 1,
     "collect": 1, "release": 1, "time passes": 1, "discard": 3, "ask": 1,
 }  # fmt: skip
 
@@ -121,6 +121,7 @@ class PlainRun:
         generator = torch.Generator().manual_seed(5)
         self.shared = [torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(_NUM_SHARED)]
         self.graphs = {}
+        self._num_replaced = 0
 
     def run(self):
         for word, number in self.program.events:
@@ -160,6 +161,12 @@ class PlainRun:
 
     def do_mutate_shared(self, number):
         self.shared[number % _NUM_SHARED].mul_(0.75)
+
+    def do_replace_shared(self, number):
+        """What graphs have saved of the old one is alive on a tier only."""
+        self._num_replaced += 1
+        generator = torch.Generator().manual_seed(100 + self._num_replaced)
+        self.shared[number % _NUM_SHARED] = torch.randn(ROWS, COLUMNS, generator=generator)
 
     def do_forget(self, number):
         self.graphs[number].pool = None
