@@ -18,8 +18,8 @@ _NUM_SHARED = 3
 _KINDS = ("unary", "unary", "unary", "binary", "shared", "in place")
 _NAMES = {"unary": sorted(UNARY), "binary": sorted(BINARY), "in place": sorted(IN_PLACE), "shared": ["mul"]}
 _EXTRAS = {
-    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 1.5, "replace shared": 2, "forget": 2, "end step": 1,
-    "collect": 1, "release": 1, "time passes": 1, "discard": 3, "ask": 1,
+    "expect": 4, "announce": 4, "settle": 2, "mutate": 1, "mutate shared": 1.5, "replace shared": 2, "forget": 2,
+    "end step": 1, "collect": 1, "release": 1, "time passes": 1, "discard": 3, "ask": 1,
 }  # fmt: skip
 
 
