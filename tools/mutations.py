@@ -127,7 +127,7 @@ def _as_markdown(findings: Iterable[Finding], most: int) -> str:
 def main() -> None:
     """Take out all guards, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=1000, help="runs for each guard at most")
+    parser.add_argument("--most", type=int, default=2000, help="runs for each guard at most")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", help="guards whose name matches this regular expression")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
