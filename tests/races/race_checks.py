@@ -147,7 +147,7 @@ class Checks:
         records, ledger, check = self._records(), self._cache._ledger, self._scheduler.check
         account = ledger.account
         held = sum(record.held_bytes for record in records)
-        lingering = sum(nbytes for _, nbytes in account._lingering)
+        lingering = sum(nbytes for _, nbytes in account._lingering.values())
         check(
             account.live_bytes == held + lingering,
             lambda: f"the account has {account.live_bytes} live bytes; records hold {held}, {lingering} linger",
