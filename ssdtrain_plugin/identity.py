@@ -211,9 +211,9 @@ def is_parameter(tensor: Tensor) -> bool:
     return kind is Parameter or (kind is not Tensor and isinstance(base, Parameter))
 
 
-def _dims(tensor: Tensor) -> tuple[int, ...]:
-    """Get the sizes of a tensor in an order that transposing does not change."""
-    return tuple(sorted(tensor.shape))
+def _extent_of(tensor: Tensor) -> tuple[int, bool]:
+    """Get what views of a whole matrix do not change: its elements, and that it is no vector."""
+    return tensor.numel(), tensor.dim() > 1
 
 
 def _leads_to_parameter(tensor: Tensor) -> bool:
@@ -232,8 +232,9 @@ class ResidentStorages:
     frees that node by recursion: a chain of some ten thousand, as a long recurrent loop
     makes, then overflows the stack and kills the process. So ``grad_fn`` is read of
     tensors only that look like the copy which autocast makes of a weight: of two bytes an
-    element, computed, and with the sizes of a parameter that has more. Whether autocast is
-    on cannot be asked: inside of the operator that saves, it is off.
+    element, computed, and with as many elements as a parameter that has more (weights of
+    experts are one matrix, of which a view is cast). Whether autocast is on cannot be asked:
+    inside of the operator that saves, it is off.
 
     Threads:
         Not safe to change; safe to ask.
@@ -242,8 +243,8 @@ class ResidentStorages:
     def __init__(self) -> None:
         """Start empty."""
         self._references: dict[int, StorageWeakRef] = {}
-        self._wide_dims: set[tuple[int, ...]] = set()
-        self._has_unknown_dims = False
+        self._wide_extents: set[tuple[int, bool]] = set()
+        self._has_unknown_extents = False
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Remember the storages of some tensors.
@@ -253,8 +254,8 @@ class ResidentStorages:
         """
         for tensor in tensors:
             if isinstance(tensor, Parameter) and tensor.dtype.itemsize > _LOW_PRECISION_BYTES:
-                self._wide_dims.add(_dims(tensor))
-                self._has_unknown_dims |= not tensor.numel()  # a part of one, under ZeRO-3
+                self._wide_extents.add(_extent_of(tensor))
+                self._has_unknown_extents |= not tensor.numel()  # a part of one, under ZeRO-3
             if is_plain(tensor):
                 storage = tensor.untyped_storage()
                 self._references[storage._cdata] = StorageWeakRef(storage)
@@ -267,9 +268,9 @@ class ResidentStorages:
                 ``AccumulateGrad`` of a Parameter. See Note [Nodes that were looked at].
         """
         base = owner_of(tensor)
-        if not self._wide_dims or base.dtype not in _LOW_PRECISION or base.is_leaf:
+        if not self._wide_extents or base.dtype not in _LOW_PRECISION or base.is_leaf:
             return False
-        return (self._has_unknown_dims or _dims(base) in self._wide_dims) and _leads_to_parameter(base)
+        return (self._has_unknown_extents or _extent_of(base) in self._wide_extents) and _leads_to_parameter(base)
 
     def __contains__(self, storage: torch.UntypedStorage) -> bool:
         """Tell whether a storage was added."""

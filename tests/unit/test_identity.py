@@ -74,12 +74,14 @@ def test_the_copy_that_autocast_makes_of_a_weight_is_known():
     assert all(found == (tensor.shape == (4, 4)) for tensor, found in seen)
 
 
-def test_a_cast_of_a_weight_turned_round_or_in_parts_on_other_ranks_is_known():
+def test_a_cast_of_a_weight_turned_round_reshaped_or_in_parts_on_other_ranks_is_known():
     weight = nn.Parameter(torch.ones(4, 8))
     resident, partitioned = ResidentStorages(), ResidentStorages()
     resident.add([weight])
     partitioned.add([nn.Parameter(torch.empty(0))])  # as ZeRO-3 leaves it between its uses
-    for tensor in (weight.to(torch.bfloat16), weight.t().to(torch.float16), weight.to(torch.bfloat16).t()):
+    of_experts = weight.view(2, 2, 8).to(torch.bfloat16)
+    turned = weight.t().to(torch.float16), weight.to(torch.bfloat16).t()
+    for tensor in (weight.to(torch.bfloat16), of_experts, *turned):
         assert resident.has_cast(tensor)
         assert partitioned.has_cast(tensor)
 
