@@ -101,6 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Script and its arguments; by default those of the process.
     """
     script, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+    if script is None and not {"-h", "--help"}.isdisjoint(rest):
+        sys.stdout.write(f"{_USAGE}\n\nRuns an unchanged training script with the plugin, here or under a launcher.\n")
+        sys.exit(0)
     if script is None:
         sys.exit(f"ssdtrain: no script was named (expected SCRIPT)\n\nhint: {_USAGE}")
     if not Path(script).is_file():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_files import CLUSTER, MODEL
 from typer.testing import CliRunner
 
+from ssdtrain_plugin import run
 from ssdtrain_plugin.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +191,13 @@ def test_real_processes_of_the_runner(arguments):
     done = _process(sys.executable, "-m", "ssdtrain_plugin.run", *arguments)
     assert done.returncode == 1
     check_answer(done.stderr, "ssdtrain: ", "usage: python -m ssdtrain_plugin.run")
+
+
+def test_the_runner_says_how_it_is_used(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(["--local_rank=0", "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m ssdtrain_plugin.run SCRIPT")
 
 
 @pytest.mark.parametrize(
