@@ -18,7 +18,7 @@ from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.doctor.measurement import Bandwidth
 from ssdtrain_plugin.documents import checked, read_yaml
 from ssdtrain_plugin.projection.arithmetic import layer_flops
-from ssdtrain_plugin.projection.model import DROPOUT_PLACES, MOST_LAYERS, Block, ModelSpec, Precision
+from ssdtrain_plugin.projection.model import DROPOUT_PLACES, MOST_LAYERS, Block, Count, ModelSpec, Precision
 from ssdtrain_plugin.projection.tensors import layer_tensors, split_of
 
 __all__ = ["ModelShape", "Prediction", "predict"]
@@ -26,7 +26,7 @@ __all__ = ["ModelShape", "Prediction", "predict"]
 _NEGLIGIBLE_OVERHEAD = 0.02
 _HARDLY_ANY = 0.1
 
-Count = Annotated[int, Field(gt=0, le=1_000_000)]
+_Width = Annotated[int, Field(gt=0, le=1_000_000)]  # times the largest multiplier it is still a Count
 
 
 class ModelShape(BaseModel):
@@ -37,8 +37,8 @@ class ModelShape(BaseModel):
     layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] = Field(
         description="Layers of one rank: with a pipeline, of one stage."
     )
-    hidden: Count = Field(description="Hidden size.")
-    heads: Count = Field(description="Attention heads.")
+    hidden: _Width = Field(description="Hidden size.")
+    heads: _Width = Field(description="Attention heads.")
     sequence: Count = Field(description="Tokens of one sequence.")
     micro_batch: Count = Field(description="Sequences of one forward.")
     tflops: float = Field(

@@ -236,6 +236,12 @@ def test_a_file_is_read(tmp_path):
     assert (found.layers, found.tflops, found.bytes_per_element, found.flash_attention) == (12, 0.5, 2, True)
 
 
+def test_a_context_of_a_million_tokens_is_read(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(TEXT.replace("1024", str(2**20)))
+    assert ModelShape.from_yaml(path).sequence == 2**20
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
