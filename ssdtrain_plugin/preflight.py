@@ -14,7 +14,7 @@ from ssdtrain_plugin.storage.memory_limit import available_host_bytes
 from ssdtrain_plugin.storage.probe import directory_problem
 from ssdtrain_plugin.units import format_bytes
 
-__all__ = ["check", "find_local_rank", "prepare"]
+__all__ = ["check", "expanded", "find_local_rank", "prepare"]
 
 _MOST_DIGITS = 10
 
@@ -58,7 +58,7 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
     except ConfigError as error:
         problems.extend(error.problems)
     is_used = config is None or (config.enabled and config.policy != "none")
-    expanded, faults = _expand_paths(options.get("paths", ()), local_rank=local_rank, is_used=is_used)
+    faults = _path_faults(options.get("paths", ()), local_rank=local_rank, is_used=is_used)
     problems.extend(f"paths: {fault}" for fault in faults)
     stats_path = options.get("stats_path")
     if config is not None and is_used:
@@ -69,27 +69,37 @@ def check(options: Mapping[str, Any], *, source: str, local_rank: int) -> Offloa
             problems.append(f"stats_path: {fault}")
     if problems or config is None:
         raise ConfigError(source, problems, hint="correct the lines above; `ssdtrain doctor PATH` tests a directory")
-    if config.stats_path is not None:
-        stats_path = expand_path(config.stats_path, local_rank=local_rank)
-    return config.model_copy(update={"paths": tuple(expanded), "stats_path": stats_path})
+    return expanded(config, local_rank=local_rank)
 
 
-def _expand_paths(paths: object, *, local_rank: int, is_used: bool) -> tuple[list[str], list[str]]:
-    """Replace placeholders; return the paths and what is wrong with them."""
+def expanded(config: OffloadConfig, *, local_rank: int) -> OffloadConfig:
+    """Replace every placeholder; the machine is not asked.
+
+    Args:
+        config: Any.
+        local_rank: Rank of this process on its node.
+    """
+    paths = tuple(expand_path(path, local_rank=local_rank) for path in config.paths)
+    stats_path = None if config.stats_path is None else expand_path(config.stats_path, local_rank=local_rank)
+    return config.model_copy(update={"paths": paths, "stats_path": stats_path})
+
+
+def _path_faults(paths: object, *, local_rank: int, is_used: bool) -> list[str]:
+    """Say what is wrong with the paths, whose placeholders are replaced."""
     if isinstance(paths, str | os.PathLike):
         paths = (paths,)
-    expanded: list[str] = []
+    found: list[str] = []
     faults: list[str] = []
     for path in paths if isinstance(paths, list | tuple) else ():
         if not isinstance(path, str | os.PathLike):
             continue
-        expanded.append(expand_path(str(path), local_rank=local_rank))
-        fault = directory_problem(expanded[-1]) if is_used else None
+        found.append(expand_path(str(path), local_rank=local_rank))
+        fault = directory_problem(found[-1]) if is_used else None
         if fault is not None:
             faults.append(fault)
-        elif os.path.realpath(expanded[-1]) in {os.path.realpath(other) for other in expanded[:-1]}:
-            faults.append(f"`{expanded[-1]}`: listed twice (expected one directory per drive)")
-    return expanded, faults
+        elif os.path.realpath(found[-1]) in {os.path.realpath(other) for other in found[:-1]}:
+            faults.append(f"`{found[-1]}`: listed twice (expected one directory per drive)")
+    return faults
 
 
 def _memory_problems(config: OffloadConfig) -> list[str]:

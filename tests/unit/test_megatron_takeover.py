@@ -1,6 +1,7 @@
 """Who has the places of Megatron's functions: with which options, and what it holds of a schedule that says little."""
 
 import gc
+import socket
 import weakref
 
 import pytest
@@ -38,6 +39,16 @@ def test_a_second_enable_that_says_the_same_or_nothing_gives_the_first(options):
     offload = enable(options)
     assert enable(dict(options)) is offload
     assert enable(parser_with(add_flags).parse_args([])) is offload, "Megatron's loop, without our flags"
+
+
+def test_a_second_enable_does_not_ask_whether_there_is_room_for_what_the_first_has_taken(tmp_path, undone):
+    directory = tmp_path / "drive"
+    directory.mkdir()
+    options = {"paths": [f"{tmp_path}/{{node}}/../drive"], "policy": "all"}
+    (tmp_path / socket.gethostname()).mkdir()
+    offload = enable(options)
+    directory.rmdir()
+    assert enable(options) is offload
 
 
 def test_a_second_enable_with_other_options_is_refused(options, tmp_path):

@@ -14,7 +14,7 @@ from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.integrations.megatron.arguments import SOURCE, add_flags, options_of
 from ssdtrain_plugin.integrations.megatron.refusals import refuse
 from ssdtrain_plugin.integrations.megatron.takeover import MegatronOffload, enabled
-from ssdtrain_plugin.preflight import check, find_local_rank, prepare
+from ssdtrain_plugin.preflight import check, expanded, find_local_rank
 
 __all__ = ["add_args", "enable", "prepare_script"]
 
@@ -59,16 +59,20 @@ def enable(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> 
             settings cannot be combined with offloading, or an earlier call said something
             else; all are listed.
     """
-    present, config = enabled(), _read(settings)
-    if present is not None:
-        if config is not None:
-            _refuse_others(config, present.config)
+    present, found = enabled(), _options(settings)
+    if found is None:
         return present
-    return None if config is None or not config.enabled else MegatronOffload(config)
+    options, source = found
+    if present is not None:
+        _refuse_others(options, present.config)
+        return present
+    config = check(options, source=source, local_rank=find_local_rank())
+    return MegatronOffload(config) if config.enabled else None
 
 
-def _refuse_others(config: OffloadConfig, present: OffloadConfig) -> None:
-    """Refuse options that differ from those that are in force."""
+def _refuse_others(options: Mapping[str, Any], present: OffloadConfig) -> None:
+    """Refuse options that differ from those that are in force, of which the machine was asked when it had room."""
+    config = expanded(OffloadConfig.from_dict(options), local_rank=find_local_rank())
     problems = [
         f"{name}: {getattr(config, name)!r} (expected {getattr(present, name)!r}, which is in force)"
         for name in OffloadConfig.model_fields
@@ -79,16 +83,17 @@ def _refuse_others(config: OffloadConfig, present: OffloadConfig) -> None:
         raise ConfigError("a second `enable`", problems, hint=hint)
 
 
-def _read(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> OffloadConfig | None:
+def _options(settings: argparse.Namespace | Mapping[str, Any] | OffloadConfig) -> tuple[Mapping[str, Any], str] | None:
+    """Get the options and where they came from; None if there are none."""
     if isinstance(settings, OffloadConfig):
-        return prepare(settings, local_rank=find_local_rank())
+        return settings.model_dump(exclude_unset=True), OffloadConfig.SOURCE
     if isinstance(settings, Mapping):
-        return check(settings, source=OffloadConfig.SOURCE, local_rank=find_local_rank())
+        return settings, OffloadConfig.SOURCE
     options = options_of(settings)
     if options is None:
         return None
     refuse(settings)
-    return check(options, source=SOURCE, local_rank=find_local_rank())
+    return options, SOURCE
 
 
 def prepare_script(arguments: Any) -> None:
