@@ -323,7 +323,7 @@ def bench_rok(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Compare keeping, recomputing, offloading and other tools: speed over memory. Exits with 1 if bits differ."""
-    if Path(name).name != name or "\0" in name:
+    if not name or Path(name).name != name or "\0" in name:
         raise typer.BadParameter(f"{shown(name)} (expected the name of a file)", param_hint="--name")
     if quick is (matrix is not None):
         raise typer.BadParameter("MATRIX.yaml and --quick (expected one of them)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ssdtrain_plugin.errors import OffloadError
+from ssdtrain_plugin.errors import OffloadError, printable
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.projection.calibration import Calibration
@@ -69,7 +69,7 @@ def _compare(found: Projection, paths: list[Path]) -> Calibration:
 
     run = read_run(paths[0]) if len(paths) == 1 and not paths[0].is_file() else read_files(paths)
     for problem in run.problems:
-        typer.echo(f"warning: {problem}", err=True)
+        typer.echo(f"warning: {printable(problem)}", err=True)
     cluster = found.cluster
     ranks = measure(
         run,
