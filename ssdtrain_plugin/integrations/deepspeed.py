@@ -172,9 +172,11 @@ def read_block(config: object) -> OffloadConfig | None:
 def _misplaced(parsed: Mapping[str, Any], *sections: str) -> Iterator[str]:
     """Find blocks that stand inside of other sections, where they would be ignored without a word."""
     for key, value in parsed.items():
+        if not isinstance(value, Mapping):
+            continue  # a note of the user's own in a section of their own
         if sections and key == BLOCK:
             yield ".".join((*sections, key))
-        elif isinstance(value, Mapping) and key != BLOCK:
+        elif key != BLOCK:
             yield from _misplaced(value, *sections, str(key))
 
 

@@ -88,6 +88,11 @@ def test_all_faults_are_listed_at_once(fault, tmp_path):
     assert "hint: " in message
 
 
+def test_a_value_of_that_name_in_a_section_of_the_users_own_is_no_block(tmp_path):
+    config = {"notes": {"ssdtrain": "on since May"}, "ssdtrain": {"paths": [str(tmp_path)]}}
+    assert ssdtrain_ds.read_block(config) is not None
+
+
 @pytest.mark.parametrize("section", ["zero_optimization", "activation_checkpointing"])
 def test_a_block_in_another_section_is_a_fault_that_names_the_place(built, tmp_path, section):
     config = {**ENGINE_OPTIONS, section: {"ssdtrain": {"paths": [str(tmp_path)]}}}
