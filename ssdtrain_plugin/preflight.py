@@ -17,11 +17,15 @@ from ssdtrain_plugin.units import format_bytes
 __all__ = ["check", "expanded", "find_local_rank", "prepare"]
 
 _MOST_DIGITS = 10
+_NO_LAUNCHER = ("", "-1")  # the second one by scripts that also run without one
 
 
 def find_local_rank() -> int:
     """Get the rank of this process on its node, as the launcher says it; 0 without a launcher."""
-    return _number_of("LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID", default=0, least=0)
+    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if os.environ.get(variable, "") not in _NO_LAUNCHER:
+            return _number_of(variable, default=0, least=0)
+    return 0
 
 
 def _number_of(variable: str, *, default: int, least: int) -> int:

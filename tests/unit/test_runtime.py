@@ -12,7 +12,7 @@ from torch import nn
 
 import ssdtrain_plugin as ssdtrain
 from ssdtrain_plugin.errors import ConfigError
-from ssdtrain_plugin.preflight import check, prepare
+from ssdtrain_plugin.preflight import check, find_local_rank, prepare
 from ssdtrain_plugin.runtime import build
 
 
@@ -97,6 +97,15 @@ def test_all_faults_of_options_and_paths_are_listed_at_once(tmp_path):
     assert "missing" in text
     assert "io_threads" in text
     assert "did you mean `policy`" in text
+
+
+@pytest.mark.parametrize(("said", "rank"), [("2", 2), ("", 5), ("-1", 5)])
+def test_a_local_rank_that_says_there_is_no_launcher_says_nothing(monkeypatch, said, rank):
+    monkeypatch.setenv("LOCAL_RANK", said)
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    assert find_local_rank() == rank
+    monkeypatch.delenv("SLURM_LOCALID")
+    assert find_local_rank() == (rank if rank == 2 else 0)
 
 
 def test_placeholders_are_expanded_and_paths_checked(tmp_path):
