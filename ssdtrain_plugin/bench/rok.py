@@ -199,7 +199,8 @@ def measure(
         ConfigError: The directory or an option cannot be used, or there is no such device.
     """
     if device != "cpu" and not (torch.cuda.is_available() and device.startswith("cuda")):
-        raise ConfigError("the command", [f"--device: {device!r} (expected cpu, or cuda where torch finds one)"])
+        problem = f"--device: {device!r} (expected cpu, or cuda where torch finds one)"
+        raise ConfigError("the command", [problem], hint="leave `--device` out, or install a torch that finds the GPU")
     where = torch.device(device)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

@@ -32,7 +32,6 @@ __all__ = ["DriveMeter", "DriveRecord", "WearFile", "day_of", "life_line", "stat
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-_DAY_SECONDS = 86_400
 _KEPT_DAYS = 400
 _RECENT_DAYS = 30
 _LOCK_ATTEMPTS = 20
