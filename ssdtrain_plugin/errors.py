@@ -29,8 +29,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "StoreError",
-    "printable",
-]
+]  # every one is a public name of the package
 
 _LONGEST_LINE = 400
 _LONGEST_MESSAGE = 4000
