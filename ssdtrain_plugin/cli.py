@@ -20,6 +20,7 @@ from ssdtrain_plugin.cli_errors import Commands
 from ssdtrain_plugin.cli_plan import plan
 from ssdtrain_plugin.cli_report import report
 from ssdtrain_plugin.errors import ConfigError, printable
+from ssdtrain_plugin.version import __version__
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.doctor import Diagnosis
@@ -38,8 +39,18 @@ app.command("plan")(plan)
 app.command("report")(report)
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"ssdtrain-plugin {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
     """Activation offloading to NVMe for training large language models."""
 
 

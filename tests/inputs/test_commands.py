@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_files import CLUSTER, MODEL
 from typer.testing import CliRunner
 
+import ssdtrain_plugin
 from ssdtrain_plugin import run
 from ssdtrain_plugin.cli import app
 
@@ -120,6 +121,11 @@ def test_nothing_is_answered_with_help(arguments):
     done = _run(arguments)
     assert done.exit_code == 2
     assert "Commands:" in done.output
+
+
+def test_the_version_is_that_of_the_package():
+    done = _run(["--version"])
+    assert (done.exit_code, done.output) == (0, f"ssdtrain-plugin {ssdtrain_plugin.__version__}\n")
 
 
 @pytest.mark.parametrize(
