@@ -68,6 +68,12 @@ def test_a_guard_stands_where_the_list_says(guard):
     compile(guard.removed_from(source), guard.file, "exec")
 
 
+@pytest.mark.parametrize("guard", [guard for guard in GUARDS if guard.held_by], ids=lambda guard: guard.name)
+def test_the_test_that_holds_a_guard_is_there(guard):
+    file, name = guard.held_by.split("::")
+    assert f"\ndef {name}(" in (ROOT.parent / file).read_text(encoding="utf-8")
+
+
 def test_guards_have_names_of_their_own():
     assert len({guard.name for guard in GUARDS}) == len(GUARDS) >= 20
 

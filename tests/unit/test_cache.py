@@ -95,6 +95,26 @@ def test_a_queued_store_is_cancelled_when_its_graph_is_dropped():
         assert_empty(rig)
 
 
+def test_bytes_that_move_under_their_store_stay_in_memory():
+    """1. A store runs. 2. Its storage gets other memory, and its values later. 3. What was written is neither."""
+    tier = GatedTier(writes_open=False)
+    with CacheRig(tier) as rig:
+        tensor = torch.randn(8)
+        expected = tensor.clone()
+        handle = rig.cache.put(tensor)
+        tier.writes.wait_for_arrival()
+        tensor.untyped_storage().resize_(2 * tensor.nbytes)  # elsewhere: the old memory is freed after it
+        tensor.data.zero_()
+        tier.writes.open()
+        rig.settle()
+        assert tier.counts["write"] == 1
+        tensor.data.copy_(expected)
+        del tensor
+        assert torch.equal(rig.cache.get(handle), expected)
+        del handle
+        assert_empty(rig)
+
+
 def test_bytes_in_memory_because_somebody_holds_them_are_not_read():
     with CacheRig(MemoryTier()) as rig:
         tensor = torch.randn(8)
@@ -104,6 +124,20 @@ def test_bytes_in_memory_because_somebody_holds_them_are_not_read():
         stats = settled(rig)
         assert (stats.stored_bytes, stats.loaded_bytes, stats.forwarded_bytes) == (32, 0, 32)
         del handle, tensor
+        assert_empty(rig)
+
+
+def test_a_storage_that_is_alive_but_freed_is_loaded():
+    with CacheRig(MemoryTier()) as rig:
+        tensor = torch.randn(8)
+        expected = tensor.clone()
+        handle = rig.cache.put(tensor)
+        rig.settle()
+        tensor.untyped_storage().resize_(0)
+        assert torch.equal(rig.cache.get(handle), expected)
+        assert tensor.untyped_storage().nbytes() == 0, "it is its owner who fills it again"
+        del handle, tensor
+        assert settled(rig).loaded_bytes == 32
         assert_empty(rig)
 
 
