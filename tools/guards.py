@@ -27,12 +27,6 @@ class Guard:
     why_missed: str | None = None
     held_by: str | None = None
 
-    @property
-    def explanation(self) -> str | None:
-        """Say why it is no loss that the race suite does not notice; None if it is one."""
-        reasons = [self.why_missed, self.held_by and f"held by `{self.held_by}`"]
-        return "; ".join(filter(None, reasons)) or None
-
     def removed_from(self, source: str) -> str:
         """Take the guard out.
 
