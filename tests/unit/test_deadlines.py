@@ -19,9 +19,9 @@ TIMEOUT = 60.0
 
 
 def in_thread(work):
-    """Run something that waits; return the thread and where its result will be."""
+    """Run something that waits; return the thread, which holds up no exit, and where its result will be."""
     results = []
-    thread = threading.Thread(target=lambda: results.append(work()))
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()
     return thread, results
 
