@@ -30,7 +30,7 @@ __all__ = ["Finding", "find"]
 
 _PACKAGE = "ssdtrain_plugin"
 _MOST_CHARACTERS = 110
-_PASSED, _FAILED = 0, 1  # what pytest ends with
+_FAILED = 1  # what pytest ends with; no test of that name is another number
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -78,15 +78,12 @@ def _run(guard: Guard, first: int, most: int, package: Path, sink: Connection) -
 
 
 def _fails(test: str, package: Path) -> bool:
-    """Run one test with the copy of the package; it must be there."""
+    """Run one test with the copy of the package; one that is not there does not fail."""
     for name in ("tests", "tools"):
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", package)
     command = [sys.executable, "-m", "pytest", "-q", "-x", test]
-    code = subprocess.run(command, cwd=package, stdout=subprocess.DEVNULL, check=False).returncode
-    if code not in (_PASSED, _FAILED):
-        raise RuntimeError(f"cannot run {test} (exit code {code}, expected {_PASSED} or {_FAILED})")
-    return code == _FAILED
+    return subprocess.run(command, cwd=package, stdout=subprocess.DEVNULL, check=False).returncode == _FAILED
 
 
 class _Job:
