@@ -168,6 +168,8 @@ def end(way, model, offloader, goes_on):
 
 
 def main(way, directory, number="0"):
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and their children with them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("SSDTRAIN_TEST_NAMES"):
         want_names()
     if way == "killed":
