@@ -22,7 +22,6 @@ from rich.table import Table
 
 from ssdtrain_plugin.cli_errors import in_directory
 from ssdtrain_plugin.documents import parse_yaml, shown
-from ssdtrain_plugin.errors import OffloadError
 from ssdtrain_plugin.units import KIB, LARGEST_BYTES, format_bytes, format_rate, parse_bytes
 
 if TYPE_CHECKING:
@@ -127,12 +126,7 @@ def bench_io(
         def show(what: str, done: int, total: int) -> None:
             progress.update(task, description=escape(what), completed=done, total=total, refresh=True)
 
-        try:
-            report = measure_io(paths, options, show)
-        except OffloadError as error:
-            progress.stop()
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from None
+        report = measure_io(paths, options, show)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
@@ -431,7 +425,7 @@ class _Bar:
 
 @contextlib.contextmanager
 def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[_Bar]:
-    """Show a bar that moves when it is told a step's name; an error of ours ends the command with its text."""
+    """Show a bar that moves when it is told a step's name."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -440,9 +434,4 @@ def _step_progress(num_steps: int, *, is_shown: bool) -> Iterator[_Bar]:
         transient=True,
         disable=not is_shown,
     ) as progress:
-        try:
-            yield _Bar(progress, num_steps)
-        except OffloadError as error:
-            progress.stop()
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from None
+        yield _Bar(progress, num_steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ssdtrain_plugin.errors import OffloadError, printable
+from ssdtrain_plugin.errors import printable
 
 if TYPE_CHECKING:
     from ssdtrain_plugin.projection.calibration import Calibration
@@ -40,16 +40,10 @@ def plan(
     from ssdtrain_plugin.projection.rendering import tables
     from ssdtrain_plugin.projection.report import as_dict
 
-    compared = None
-    try:
-        found = project(read_model(model), read_cluster(cluster))
-        if plot is not None:
-            draw(found, plot)
-        if from_run:
-            compared = _compare(found, from_run)
-    except OffloadError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+    found = project(read_model(model), read_cluster(cluster))
+    if plot is not None:
+        draw(found, plot)
+    compared = _compare(found, from_run) if from_run else None
     if as_json:
         report = as_dict(found)
         if compared is not None:

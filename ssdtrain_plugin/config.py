@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ssdtrain_plugin.documents import nearest, read_yaml, shown
 from ssdtrain_plugin.errors import ConfigError, printable
-from ssdtrain_plugin.units import GIB, LARGEST_BYTES, MIB, parse_bytes
+from ssdtrain_plugin.units import GIB, LARGEST_BYTES, MIB, as_bytes
 
 __all__ = ["OffloadConfig", "expand_path"]
 
@@ -39,11 +39,9 @@ _WANTED = {
 
 
 def _as_bytes(value: object) -> object:
-    if isinstance(value, str):
-        return parse_bytes(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)  # DeepSpeed's users write 5e8 in JSON, which is a float there
-    return value
+    return as_bytes(value)
 
 
 def _as_bool(value: object) -> object:

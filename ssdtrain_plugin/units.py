@@ -14,6 +14,7 @@ __all__ = [
     "LARGEST_BYTES",
     "MIB",
     "TIB",
+    "as_bytes",
     "format_bytes",
     "format_rate",
     "format_seconds",
@@ -67,6 +68,18 @@ def parse_bytes(text: str) -> int:
     if match is None or factor is None or len(match.group(1)) > _MOST_DIGITS:
         raise ValueError(f"{text!r} is not a size (expected for example '2 GiB')")
     return int(float(match.group(1)) * factor) if "." in match.group(1) else int(match.group(1)) * factor
+
+
+def as_bytes(value: object) -> object:
+    """Read a size that is text; leave everything else to whoever checks it.
+
+    Args:
+        value: As a file or a user gave it.
+
+    Raises:
+        ValueError: It is text and not a size.
+    """
+    return parse_bytes(value) if isinstance(value, str) else value
 
 
 def format_bytes(nbytes: int | float) -> str:

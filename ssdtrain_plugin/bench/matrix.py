@@ -11,7 +11,7 @@ from ssdtrain_plugin.bench.models import FAMILIES, VOCABULARY, DecoderShape
 from ssdtrain_plugin.documents import checked, read_yaml
 from ssdtrain_plugin.projection import ModelSpec
 from ssdtrain_plugin.projection.arithmetic import model_flops
-from ssdtrain_plugin.units import GIB, KIB, LARGEST_BYTES, MIB, parse_bytes
+from ssdtrain_plugin.units import GIB, KIB, LARGEST_BYTES, MIB, as_bytes
 
 __all__ = ["OUR_STRATEGIES", "RokMatrix", "Stack", "quick_matrix", "read_matrix"]
 
@@ -21,11 +21,7 @@ OUR_STRATEGIES = ("keep", "recompute", "selective", "all", "adaptive", "host")
 _RESERVED = ("paths", "policy", "host_bytes", "enabled", "offload_fraction")
 
 _Count = Annotated[int, Field(gt=0, le=100_000_000)]
-_Bytes = Annotated[
-    int,
-    BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
-    Field(gt=0, le=LARGEST_BYTES),
-]
+_Bytes = Annotated[int, BeforeValidator(as_bytes), Field(gt=0, le=LARGEST_BYTES)]
 
 
 class _Strict(BaseModel):

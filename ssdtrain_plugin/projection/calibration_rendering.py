@@ -181,15 +181,14 @@ def _changes(found: Calibration) -> Table:
             *(format_life(plan.worst.busy_life.rated_years) for plan in (before, after)),
         ),
     ]
-    for name in ("keep", "recompute", "offload"):
-        title = {"keep": "kept", "recompute": "recomputed", "offload": "offloaded"}[name]
+    for name, title in (("keep", "kept"), ("recompute", "recomputed"), ("offload", "offloaded")):
         rows.append(
             (f"largest micro-batch, {title}", str(getattr(before.limits, name)), str(getattr(found.limits, name)))
         )
     for row in rows:
         table.add_row(*row)
     if reached.reasons:
-        table.caption = "\n".join(f"{reason}" for reason in reached.reasons)
+        table.caption = "\n".join(reached.reasons)
         table.caption_justify = "left"
     return table
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.projection.model import Count, ModelSpec
-from ssdtrain_plugin.units import LARGEST_BYTES, parse_bytes
+from ssdtrain_plugin.units import LARGEST_BYTES, as_bytes, parse_bytes
 
 __all__ = ["BatchSpec", "ClusterSpec", "DriveSpec", "EnduranceSpec", "GpuSpec", "ParallelSpec"]
 
@@ -26,10 +26,6 @@ def _as_amount(value: object) -> object:
     return value
 
 
-def _as_size(value: object) -> object:
-    return parse_bytes(value) if isinstance(value, str) else value
-
-
 def _is_possible(value: float) -> float:
     if not _SMALLEST <= value <= _LARGEST:
         raise ValueError(f"{value:g} (expected {_SMALLEST:g} to {_LARGEST:g})")
@@ -39,7 +35,7 @@ def _is_possible(value: float) -> float:
 Amount = Annotated[float, BeforeValidator(_as_amount), Field(gt=0), AfterValidator(_is_possible)]
 Fraction = Annotated[Amount, Field(le=1)]
 Factor = Amount
-Size = Annotated[int, BeforeValidator(_as_size), Field(ge=0, le=LARGEST_BYTES)]
+Size = Annotated[int, BeforeValidator(as_bytes), Field(ge=0, le=LARGEST_BYTES)]
 
 
 class _Strict(BaseModel):

@@ -208,7 +208,7 @@ def _lines(path: Path, adapter: TypeAdapter[Line], problems: list[str]) -> Itera
                 reason = f"{where}: {first['msg']}" if where else str(first["msg"])
             except (ValueError, RecursionError) as error:
                 # A process that was killed leaves half a line at the end.
-                is_cut = not text.endswith(b"\n") and len(text) < _LONGEST_LINE_BYTES
+                is_cut = not text.endswith(b"\n") and not _is_too_long(text)
                 reason = "cut off" if is_cut else f"not JSON: {error}"
             else:
                 continue
@@ -230,12 +230,16 @@ def _bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
     """Read line by line; a line that is too long is one without an end of line, and what is left of it is skipped."""
     while text := file.readline(_LONGEST_LINE_BYTES):
         yield text
-        while len(text) == _LONGEST_LINE_BYTES and not text.endswith(b"\n"):
+        while _is_too_long(text):
             text = file.readline(_LONGEST_LINE_BYTES)
 
 
+def _is_too_long(text: bytes) -> bool:
+    return len(text) == _LONGEST_LINE_BYTES and not text.endswith(b"\n")
+
+
 def _parsed(text: bytes) -> Any:
-    if len(text) == _LONGEST_LINE_BYTES and not text.endswith(b"\n"):
+    if _is_too_long(text):
         raise ValueError(f"longer than {format_bytes(_LONGEST_LINE_BYTES)}")
     return json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_real)
 
