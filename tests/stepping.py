@@ -28,6 +28,10 @@ class Parked:
         self.transfer = transfer
         self.verdict = None
 
+    def order(self):
+        """The same in every run of the same steps, as the moment of arrival is not."""
+        return self.transfer.serial, self.transfer.direction.value, self.tier.name, self.extent.offset
+
     def __repr__(self):
         return f"<{self.transfer.direction.value} of record {self.transfer.serial} at {self.tier.name}>"
 
@@ -51,7 +55,7 @@ class SteppedQueue(TransferQueue):
     """Stands still unless told: see :meth:`release` and :attr:`when_waiting`.
 
     Attributes:
-        parked: Workers at a gate, in the order of their arrival.
+        parked: Workers at a gate, the oldest record first.
         ended: What has ended since somebody cleared it.
         when_waiting: Called, with nothing, each time that the thread of the test would wait.
     """
@@ -86,6 +90,7 @@ class SteppedQueue(TransferQueue):
         with self._lock:
             parked = Parked(tier, extent, memory, self._busy[threading.current_thread()])
             self.parked.append(parked)
+            self.parked.sort(key=Parked.order)  # threads race to their gates
             self._changed.notify_all()
             came = self._changed.wait_for(lambda: not self._stands(parked), TIMEOUT_SECONDS)
             self.parked.remove(parked)

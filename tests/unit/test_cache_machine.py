@@ -549,7 +549,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ workers
 
-    @precondition(lambda self: self.queue.waiting())
     @rule(course=st.lists(st.tuples(number, verdict), min_size=1, max_size=8))
     def transfers_go_on(self, course):
         for chosen, verdict in course:
@@ -558,11 +557,11 @@ class CacheMachine(RuleBasedStateMachine):
                 self.queue.give_up_overdue()
                 self.queue.quiesce()
 
-    @precondition(lambda self: self.queue.waiting(is_given_up=True))
     @rule(chosen=number, verdict=st.sampled_from([GO, GO, errno.EIO]))
     def what_was_given_up_returns(self, chosen, verdict):
         late = self.queue.waiting(is_given_up=True)
-        self.queue.release(late[chosen % len(late)], verdict)
+        if late:
+            self.queue.release(late[chosen % len(late)], verdict)
 
     def settle(self, _=0):
         self.course = []
@@ -733,8 +732,6 @@ def watching(monkeypatch, caplog):
     workers.removeHandler(watched)
 
 
-# Not in every run: now and then hypothesis finds that a run repeated by itself draws less, and calls the machine flaky.
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # worker and test change over at each step: slow where cores are busy
 def test_whatever_happens_the_cache_gives_back_what_was_saved(watching, request):
