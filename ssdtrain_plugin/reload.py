@@ -305,17 +305,20 @@ class Reloader:
             self._ledger.counter.forwarded_bytes += record.span.nbytes
 
     def _bring_ahead(self, record: Record) -> None:
-        storage = record.find_original()
+        storage, first_byte = record.find_original(), 0
         if storage is None:
-            if record.is_original_gone():
-                self._start_load(record, is_urgent=False)
+            if not record.is_original_gone():
+                return
+            storage, first_byte = record.find_loaded(), record.span.first_byte
+        if storage is None:
+            self._start_load(record, is_urgent=False)
             return
         # Still held by something else: hold it too, so that it cannot go before backward asks.
         self._count_forwarded(record)
         record.move("hold again", State.LOADING)
         record.move("hold again", State.LOADED)
-        # It still counts as live since it was stored, so it is not counted again.
-        record.hold(storage, 0, 0)
+        # It still counts as live since it was let go, so it is not counted again.
+        record.hold(storage, first_byte, 0)
 
     def _start_load(self, record: Record, *, is_urgent: bool) -> Transfer:
         tier, extent = record.place()

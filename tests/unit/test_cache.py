@@ -314,6 +314,33 @@ def test_a_graph_dropped_while_its_load_runs_gives_its_extent_back():
         assert tier.counts["read"] == 1, "those queued were cancelled"
 
 
+def test_what_an_earlier_backward_still_holds_is_not_read_again():
+    """1. Backward asks for `last` and `first`; `first` is held on. 2. Another one asks for `last`, and looks ahead."""
+    tier = MemoryTier()
+    with CacheRig(tier) as rig:
+        tensors = [torch.randn(8), torch.randn(8)]
+        expected = tensors[0].clone()
+        first, last = map(rig.cache.put, tensors)
+        tensors.clear()
+        rig.settle()
+        rig.cache.get(last)
+        held = rig.cache.get(first)
+        rig.settle()
+        assert tier.counts["read"] == 2
+        rig.cache.get(last)
+        rig.settle()
+        assert tier.counts["read"] == 3
+        assert rig.cache.live_bytes == 32
+        pointer = held.data_ptr()
+        del held
+        again = rig.cache.get(first)
+        assert again.data_ptr() == pointer
+        assert torch.equal(again, expected)
+        del again, first, last
+        assert settled(rig).loaded_bytes == 96
+        assert_empty(rig)
+
+
 def test_a_retained_graph_does_not_hold_what_was_brought_back():
     with CacheRig(MemoryTier()) as rig:
         x = torch.randn(16, 16, requires_grad=True)
