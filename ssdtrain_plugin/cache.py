@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -25,7 +25,6 @@ from ssdtrain_plugin.ledger import Ledger
 from ssdtrain_plugin.migration import Migrator
 from ssdtrain_plugin.observing import StepObserver
 from ssdtrain_plugin.placement import Placer
-from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.records import KeptTensor, Lease, Record, SavedTensor, State, freed_meanwhile
 from ssdtrain_plugin.reload import Reloader, lane_of
 from ssdtrain_plugin.stats import StepStats
@@ -41,34 +40,33 @@ class TensorCache:
     """Decides nothing and moves nothing itself: asks the policy, tells the queue.
 
     Args:
-        policy: Says where each storage goes.
+        placer: Asks the policy where each storage goes, and knows the tiers.
         queue: Runs the transfers.
         streams: Of ``device``.
         device: Tensors elsewhere are kept and not counted.
-        tiers: At most one per placement.
         allocate_target: Gives (n,) uint8 memory on ``device`` for a load.
-        min_tensor_bytes: Smaller storages are kept.
         prefetch_bytes: Bound on bytes loaded or held for a backward that has not asked yet.
+        rank: Global rank of the process.
     """
 
     def __init__(
         self,
         *,
-        policy: OffloadPolicy,
+        placer: Placer,
         queue: TransferQueue,
         streams: Streams,
         device: torch.device,
-        tiers: Mapping[Placement, Tier],
         allocate_target: Callable[[int], Tensor],
-        min_tensor_bytes: int,
         prefetch_bytes: int,
+        rank: int,
     ) -> None:
         """Start empty."""
+        self._placer = placer
         self._queue = queue
         self._streams = streams
         self._device = device
+        self._rank = rank
         self._lock = threading.Lock()
-        self._placer = Placer(policy, tiers, min_tensor_bytes)
         self._resident = ResidentStorages()
         self._table = RecordTable()
         self._ledger = Ledger()
@@ -78,25 +76,25 @@ class TensorCache:
             streams=streams,
             table=self._table,
             ledger=self._ledger,
+            failures=placer.failures,
             allocate_target=allocate_target,
             prefetch_bytes=prefetch_bytes,
         )
         self._migrator = (
             None
-            if len(tiers) < 2
+            if len(placer.tiers) < 2
             else Migrator(
                 lock=self._lock,
                 queue=queue,
                 table=self._table,
                 ledger=self._ledger,
                 schedule=self._reloader.schedule,
-                placer=self._placer,
-                tiers=tiers,
+                placer=placer,
                 promote_bytes=prefetch_bytes,
             )
         )
         self._reloader.observer = self._migrator
-        self._observer = StepObserver(tiers, time.perf_counter, streams.mark, is_on=policy.is_learning)
+        self._observer = StepObserver(placer.tiers, time.perf_counter, streams.mark, is_on=placer.policy.is_learning)
         self._microbatch = -1
         self._backward_microbatch = -1
 
@@ -179,20 +177,19 @@ class TensorCache:
             self._ledger.account.settle(is_thorough=True)
             return self._ledger.account.live_bytes
 
-    def end_step(self, rank: int) -> StepStats:
-        """Close the account of the step and let the policy learn.
-
-        Args:
-            rank: Global rank of the process.
-        """
+    def end_step(self) -> StepStats:
+        """Close the account of the step and let the policy learn."""
         self._queue.give_up_overdue()
         with self._lock:
             self._drain()
+            for tier in self._placer.tiers.values():  # of loads above all: after a store they were taken then
+                self._count_survived(tier)
+            self._placer.end_step(self._ledger.counter.failures)
             plan, is_idle = self._placer.policy.explain(), not len(self._table)
-            stats = self._ledger.end_step(rank=rank, plan=plan, is_idle=is_idle)
-            self._placer.end_step()
+            stats = self._ledger.end_step(rank=self._rank, plan=plan, is_idle=is_idle)
             self._reloader.forget_kept()
             self._placer.policy.observe(self._observer.end_step(stats))
+        self._placer.failures.say()
         return stats
 
     def take_remark(self) -> str | None:
@@ -324,8 +321,7 @@ class TensorCache:
         """Take note in a worker that a store ended."""
         with self._lock:
             self._ledger.count_store(tier.name, transfer)
-            for survived in tier.take_survived():
-                self._placer.failures.survived(tier.name, survived, self._ledger.counter.failures)
+            self._count_survived(tier)
             if transfer.error is None and record.storage is not None and record.has_moved(record.storage):
                 # Freed under the store (`resize_(0)`, to recompute it): what was written is not what was saved.
                 transfer.error = freed_meanwhile()
@@ -349,6 +345,10 @@ class TensorCache:
     def _store_failed(self, record: Record, tier: Tier, error: BaseException) -> None:
         self._ledger.counter.kept_bytes += record.span.nbytes
         self._count_failure(tier, error)
+
+    def _count_survived(self, tier: Tier) -> None:
+        for survived in tier.take_survived():
+            self._placer.failures.survived(tier.name, survived, self._ledger.counter.failures)
 
     def _count_failure(self, tier: Tier, error: BaseException) -> None:
         self._placer.failures.failed(tier.name, error, self._ledger.step, self._ledger.counter.failures)
@@ -398,7 +398,7 @@ class TensorCache:
                     return tensor
                 try:
                     transfer = self._reloader.demand(record, saved.microbatch)
-                except QueueClosedError as error:
+                except (QueueClosedError, StorageError) as error:  # detached, or no memory to load into
                     raise saved.lost(error) from error
             waited += self._queue.wait(transfer)
             if transfer.error is not None:

@@ -1,4 +1,4 @@
-"""What to do about a store that failed: count it, say it once, leave the tier alone for a while.
+"""What to do about a transfer that failed: count it, say it once, leave a tier that stores fail on alone for a while.
 
 Note [A failed store costs memory]. The tensor is still in device memory, so it
 stays there and the gradient is not affected. Only bytes really lost stop training.
@@ -18,26 +18,31 @@ __all__ = ["FailureLog"]
 
 logger = logging.getLogger(__name__)
 
+_STAYS = "the tensor stays in memory"
+_HARMLESS = "gradients are not affected"
+
 
 class FailureLog:
-    """Failed stores of all tiers, by cause.
+    """What failed at all tiers, by cause.
 
     Args:
         tier_names: Of the tiers there are.
+        rank: Global rank of the process, for the log.
 
     Threads:
         Not safe; its owner locks.
     """
 
-    def __init__(self, tier_names: Iterable[str]) -> None:
+    def __init__(self, tier_names: Iterable[str], rank: int) -> None:
         """Start with healthy tiers."""
+        self._rank = rank
         self._health = {name: TierHealth() for name in tier_names}
         self._known_causes: set[str] = set()
-        self._unsaid: deque[str] = deque()
+        self._unsaid: deque[tuple[int, str]] = deque()
         self._hanging: list[tuple[str, Callable[[], bool]]] = []
 
-    def is_usable(self, tier_name: str, step: int) -> bool:
-        """Tell whether a store to the tier may be tried.
+    def obstacle(self, tier_name: str, step: int) -> str | None:
+        """Say why no store to the tier may be tried; None if one may.
 
         Args:
             tier_name: Of a tier.
@@ -46,8 +51,8 @@ class FailureLog:
         if self._hanging:
             self._hanging = [(name, has_returned) for name, has_returned in self._hanging if not has_returned()]
             if any(name == tier_name for name, _ in self._hanging):
-                return False
-        return self._health[tier_name].is_usable(step)
+                return "left alone while a transfer hangs"
+        return None if self._health[tier_name].is_usable(step) else "left alone after a failure"
 
     def leave_alone(self, tier_name: str, has_returned: Callable[[], bool]) -> None:
         """Let no store be tried on a tier while a transfer hangs there, however long that is.
@@ -64,7 +69,10 @@ class FailureLog:
         Args:
             tier_name: Of the tier.
         """
-        self._health[tier_name].succeeded()
+        if self._health[tier_name].succeeded():
+            self._unsaid.append(
+                (logging.INFO, f"`{tier_name}` takes activations again: a store after the pause worked")
+            )
 
     def failed(self, tier_name: str, error: BaseException, step: int, counts: Counter[str]) -> None:
         """Note a store that did not work; prepare a warning the first time a cause is seen.
@@ -79,7 +87,9 @@ class FailureLog:
         if not is_budget:
             # A budget that is used up frees itself; a drive that fails needs time.
             self._health[tier_name].failed(step)
-        self._count(cause, str(error), "the tensor stays in memory", counts)
+        problem = str(error)
+        outcome = _HARMLESS if _STAYS in problem else f"{_STAYS}, {_HARMLESS}"
+        self._count(_place(cause, error), problem, outcome, counts)
 
     def survived(self, tier_name: str, error: StorageError, counts: Counter[str]) -> None:
         """Note a failure that a tier has made good: another attempt, or another drive, has moved the bytes.
@@ -89,25 +99,43 @@ class FailureLog:
             error: Of the first attempt, or drive.
             counts: Failures of this step by cause; one is added.
         """
-        cause, _ = _cause(tier_name, error)
-        place = f"{cause} at {error.path}" if error.path else cause
+        outcome = f"another attempt, or another drive, has moved the bytes, {_HARMLESS}"
         # Without the hint, which says what to do when the bytes are lost.
-        self._count(place, error.message, "another attempt, or another drive, has moved the bytes", counts)
+        self._count(_place(_cause(tier_name, error)[0], error), error.message, outcome, counts)
+
+    def unread(self, tier_name: str, what: str, error: BaseException, counts: Counter[str]) -> None:
+        """Note that bytes were not brought back; whether they are lost is for backward to find out.
+
+        Args:
+            tier_name: Of the tier.
+            what: ``load`` or ``promotion``.
+            error: Why.
+            counts: Failures of this step by cause; one is added.
+        """
+        outcome = "read again when backward asks; what then cannot be read ends training with a `LoadError`"
+        message = error.message if isinstance(error, StorageError) else repr(error)
+        self._count(f"{_place(_cause(tier_name, error)[0], error)}, {what}", message, outcome, counts)
 
     def _count(self, cause: str, problem: str, outcome: str, counts: Counter[str]) -> None:
         counts[cause] += 1
         if cause not in self._known_causes:
             self._known_causes.add(cause)
-            self._unsaid.append(f"{problem}\n\n{outcome}, gradients are not affected; said once per cause")
+            self._unsaid.append((logging.WARNING, f"{problem}\n\n{outcome}; said once per cause"))
 
     def say(self) -> None:
-        """Log what :meth:`failed` prepared.
+        """Log what the others prepared.
 
         Threads:
             Any, with no lock held: a log handler may be slow.
         """
         while self._unsaid:
-            logger.warning("%s", self._unsaid.popleft())
+            level, text = self._unsaid.popleft()
+            logger.log(level, "rank %d: %s", self._rank, text)
+
+
+def _place(cause: str, error: BaseException) -> str:
+    path = getattr(error, "path", None)
+    return f"{cause} at {path}" if path else cause
 
 
 def _cause(tier_name: str, error: BaseException) -> tuple[str, bool]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,7 +71,6 @@ class Migrator:
         ledger: Of the cache.
         schedule: Of the cache: who is needed when.
         placer: Of the cache: which tier works, and what failed.
-        tiers: Both the host tier and the drive.
         promote_bytes: Bound on promotions queued or running. One record larger than
             the bound is promoted when no other is.
     """
@@ -86,7 +84,6 @@ class Migrator:
         ledger: Ledger,
         schedule: ReloadSchedule,
         placer: Placer,
-        tiers: Mapping[Placement, Tier],
         promote_bytes: int,
     ) -> None:
         """Start with nothing to move."""
@@ -96,8 +93,8 @@ class Migrator:
         self._ledger = ledger
         self._schedule = schedule
         self._placer = placer
-        self._host = tiers[Placement.HOST]
-        self._drive = tiers[Placement.SSD]
+        self._host = placer.tiers[Placement.HOST]
+        self._drive = placer.tiers[Placement.SSD]
         self._promote_bytes = promote_bytes
         self._moving_bytes: Counter[Direction] = Counter()
         self._num_drive_loads = 0
@@ -314,7 +311,7 @@ class Migrator:
         """Count it and stop for this backward; whether bytes are lost is for their load to find out."""
         if not isinstance(error, CapacityError) or error.errno is not None:
             self._unreadable = self._running
-            self._ledger.counter.failures[f"{self._drive.name}: promotion, {type(error).__name__}"] += 1
+            self._placer.failures.unread(self._drive.name, "promotion", error, self._ledger.counter.failures)
 
 
 def _can_move(record: Record) -> bool:

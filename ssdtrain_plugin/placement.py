@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -31,20 +31,25 @@ class Placer:
         policy: Decides.
         tiers: At most one per placement.
         min_tensor_bytes: Smaller ones are kept without asking.
+        rank: Global rank of the process, for the log.
 
     Threads:
         Not safe; its owner locks.
 
     Attributes:
         policy: As given.
+        tiers: As given.
         failures: Of the tiers.
     """
 
-    def __init__(self, policy: OffloadPolicy, tiers: Mapping[Placement, Tier], min_tensor_bytes: int) -> None:
+    def __init__(
+        self, policy: OffloadPolicy, tiers: Mapping[Placement, Tier], min_tensor_bytes: int, rank: int
+    ) -> None:
         """Start before the first micro-batch."""
         self.policy = policy
-        self.failures = FailureLog(tier.name for tier in tiers.values())
-        self._tiers = dict(tiers)
+        self.failures = FailureLog((tier.name for tier in tiers.values()), rank)
+        self._passed_over: set[str] = set()
+        self.tiers = dict(tiers)
         self._min_tensor_bytes = min_tensor_bytes
         self._seen_bytes = 0
         self._slot = -1
@@ -57,9 +62,15 @@ class Placer:
         self._slot += 1
         self._is_first = True
 
-    def end_step(self) -> None:
-        """Number the micro-batches from 0 again."""
+    def end_step(self, counts: Counter[str]) -> None:
+        """Number the micro-batches from 0 again; count which tiers were passed over.
+
+        Args:
+            counts: Failures of this step by cause; one is added for each tier and cause.
+        """
         self._slot = -1
+        counts.update(self._passed_over)
+        self._passed_over.clear()
 
     def end_forward(self) -> None:
         """Remember the size of the micro-batch for the next ones."""
@@ -107,7 +118,7 @@ class Placer:
             # Does it want the drive, or has it no other choice? Then room is worth making, see `Migrator`.
             with_room = replace(request, host_free_bytes=nbytes, is_first=False)
             placement = Placement.HOST if self.policy.decide(with_room) is Placement.HOST else placement
-        return None if placement is Placement.KEEP else self._tiers[placement]
+        return None if placement is Placement.KEEP else self.tiers[placement]
 
     def candidates(self, chosen: Tier | None, step: int) -> list[Tier]:
         """List the tiers to try for one storage: the chosen one, then whatever else works.
@@ -116,7 +127,7 @@ class Placer:
             chosen: From :meth:`choose`.
             step: Number of the present step.
         """
-        others = [self.usable(placement, step) for placement in self._tiers]
+        others = [self.usable(placement, step) for placement in self.tiers]
         tiers = [chosen, *(tier for tier in others if tier is not chosen)]
         return [tier for tier in tiers if tier is not None]
 
@@ -147,7 +158,11 @@ class Placer:
             placement: Which one.
             step: Number of the present step.
         """
-        tier = self._tiers.get(placement)
-        if tier is None or tier.is_at_write_limit:
+        tier = self.tiers.get(placement)
+        if tier is None:
             return None
-        return tier if self.failures.is_usable(tier.name, step) else None
+        obstacle = "daily_write_limit" if tier.is_at_write_limit else self.failures.obstacle(tier.name, step)
+        if obstacle is None:
+            return tier
+        self._passed_over.add(f"{tier.name}: {obstacle}")
+        return None

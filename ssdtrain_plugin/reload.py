@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain_plugin.errors import CapacityError, QueueClosedError, StateError
+from ssdtrain_plugin.failures import FailureLog
 from ssdtrain_plugin.ledger import Ledger
 from ssdtrain_plugin.policy.base import LoadBounds
 from ssdtrain_plugin.records import Record, SavedTensor, State
@@ -74,6 +75,7 @@ class Reloader:
         streams: Of the training device.
         table: Of the cache.
         ledger: Of the cache.
+        failures: Of the tiers.
         allocate_target: Gives (n,) uint8 memory on the training device for a load.
         prefetch_bytes: Bound on bytes loaded or held for a backward that has not asked yet.
 
@@ -90,6 +92,7 @@ class Reloader:
         streams: Streams,
         table: RecordTable,
         ledger: Ledger,
+        failures: FailureLog,
         allocate_target: Callable[[int], Tensor],
         prefetch_bytes: int,
     ) -> None:
@@ -97,6 +100,7 @@ class Reloader:
         self.schedule = ReloadSchedule()
         self.observer: LoadObserver | None = None
         self._lock = lock
+        self._failures = failures
         self._queue = queue
         self._streams = streams
         self._table = table
@@ -354,7 +358,10 @@ class Reloader:
                 record.move("finish the load", State.LOADED)
             else:
                 self._give_up_load(record)
+            if transfer.error is not None and tier is not None:
+                self._failures.unread(tier.name, "load", transfer.error, self._ledger.counter.failures)
             self.load_ended(tier)
+        self._failures.say()
 
     def load_ended(self, tier: Tier | None) -> None:
         """Tell the observer that a load is done, failed or cancelled.

@@ -21,6 +21,7 @@ from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import StateError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
@@ -146,7 +147,7 @@ class Offloader:
         Returns:
             The numbers of the step.
         """
-        stats = self.cache.end_step(self._rank)
+        stats = self.cache.end_step()
         self._totals.add(stats)
         if self._writer is not None:
             self._writer.write(stats)
@@ -253,14 +254,13 @@ def build(
     queue = _create_queue(config, parts.clock, trace)
     create_cache: Callable[..., TensorCache] = TensorCache if trace is None else partial(TracedCache, trace)
     cache = create_cache(
-        policy=policy,
+        placer=Placer(policy, tiers, config.min_tensor_bytes, rank),
         queue=queue,
         streams=streams,
         device=device,
-        tiers=tiers,
         allocate_target=_target_allocator(device, arena),
-        min_tensor_bytes=config.min_tensor_bytes,
         prefetch_bytes=config.prefetch_bytes,
+        rank=rank,
     )
     writer = None if config.stats_path is None else StatsWriter(config.stats_path, rank)
     hooks = SavedTensorHooks(cache, checkpointing=config.checkpointing)

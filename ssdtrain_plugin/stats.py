@@ -41,7 +41,9 @@ class StepStats:
             from the drive to the host tier counts in neither its bytes nor its seconds.
         forward_seconds: Host time in forward passes.
         backward_seconds: Host time in backward passes.
-        failures: Failed or refused stores, and failed promotions, by cause.
+        failures: What went wrong, by cause: failed or refused stores, failed loads and
+            promotions, and attempts that another one made good, as often as each happened; and
+            once a step each tier that was passed over (left alone, or at its daily limit).
         plan: The policy's decision in one line.
     """
 

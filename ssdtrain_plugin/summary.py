@@ -75,14 +75,14 @@ def _percent(stats: StepStats) -> str:
 def _failures(failures: dict[str, int]) -> str:
     if not failures:
         return ""
-    return "; failed stores: " + ", ".join(f"{count} x {cause}" for cause, count in failures.items())
+    return "; failures: " + ", ".join(f"{count} x {cause}" for cause, count in failures.items())
 
 
 def _why_nothing(stats: StepStats) -> str:
     if not stats.microbatches:
         return "no forward of the attached model ran with gradients"
     if stats.failures:
-        return "every store failed" + _failures(stats.failures)
+        return "no store was made" + _failures(stats.failures)
     if not stats.saved_bytes and stats.kept_bytes:
         kept = format_bytes(stats.kept_bytes)
         return f"the {kept} saved are tensor subclasses, or not on the device that the model was on"

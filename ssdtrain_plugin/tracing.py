@@ -6,7 +6,6 @@ reader, when nothing is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from ssdtrain_plugin.account import ActivationAccount
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.errors import QueueClosedError
 from ssdtrain_plugin.events import TransferEvent
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import Placement
 from ssdtrain_plugin.records import KeptTensor, Record, SavedTensor
 from ssdtrain_plugin.stats import StepStats
@@ -172,15 +172,15 @@ class TracedCache(TensorCache):
 
     Args:
         trace: Gets them.
-        tiers: Of the base class.
+        placer: Of the base class.
         **parts: Of the base class.
     """
 
-    def __init__(self, trace: Trace, *, tiers: Mapping[Placement, Tier], **parts: Any) -> None:
+    def __init__(self, trace: Trace, *, placer: Placer, **parts: Any) -> None:
         """Start empty."""
-        super().__init__(tiers=tiers, **parts)
+        super().__init__(placer=placer, **parts)
         self._trace = trace
-        self._host, self._drive = tiers.get(Placement.HOST), tiers.get(Placement.SSD)
+        self._host, self._drive = map(placer.tiers.get, (Placement.HOST, Placement.SSD))
         self._ledger.account = TracedAccount(trace)
 
     def begin_forward(self) -> int:
@@ -199,9 +199,9 @@ class TracedCache(TensorCache):
         self._trace.passed("backward", self._backward_microbatch, seconds)
         super().end_backward(seconds)
 
-    def end_step(self, rank: int) -> StepStats:
+    def end_step(self) -> StepStats:
         """See the base class."""
-        stats = super().end_step(rank)
+        stats = super().end_step()
         self._trace.end_step(stats.step, stats.plan)  # writes to a file, so not under the lock
         return stats
 

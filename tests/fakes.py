@@ -7,6 +7,7 @@ import torch
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.errors import CapacityError, LoadError, StoreError
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import Placement
 from ssdtrain_plugin.storage.base import Extent, Tier
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
@@ -209,6 +210,7 @@ class CacheRig:
         prefetch_bytes=1 << 40,
         min_tensor_bytes=1,
         policy=None,
+        rank=0,
         **queue_options,
     ):
         self.tier = tier
@@ -216,14 +218,13 @@ class CacheRig:
         placement = Placement.HOST if tier.name == "host" else Placement.SSD
         self.policy = policy or AlwaysOffload(placement)
         self.cache = TensorCache(
-            policy=self.policy,
+            placer=Placer(self.policy, {placement: tier}, min_tensor_bytes, rank),
             queue=self.queue,
             streams=CpuStreams(),
             device=torch.device("cpu"),
-            tiers={placement: tier},
             allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
-            min_tensor_bytes=min_tensor_bytes,
             prefetch_bytes=prefetch_bytes,
+            rank=rank,
         )
 
     def __enter__(self):
@@ -240,6 +241,11 @@ class CacheRig:
     def settle(self):
         """Return when no transfer is queued or running."""
         self.queue.wait_idle()
+
+
+def causes_of(stats):
+    """What failed in a step, without the paths, and without the pauses that followed."""
+    return {cause.partition(" at /")[0] for cause in stats.failures if "left alone" not in cause}
 
 
 def ahead_bytes(cache):

@@ -41,7 +41,7 @@ class StrategySummary:
         kept_bytes: A step.
         num_loads_on_demand: A step.
         stall_seconds: A step.
-        num_failures: Failed stores, over all rounds that count.
+        num_failures: Of all kinds, over all rounds that count.
         is_equal: Losses and gradients are the baseline's in every round, the first ones too, to the last bit.
         plan: The policy's last word; empty without a plugin.
     """

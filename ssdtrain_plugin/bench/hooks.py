@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.hooks import SavedTensorHooks
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.storage.base import Extent, Tier
@@ -140,7 +141,7 @@ class Variant:
     def end_step(self) -> None:
         """Close the books of the plugin, if it has any."""
         if self.cache is not None:
-            self.cache.end_step(rank=0)
+            self.cache.end_step()
 
 
 @contextlib.contextmanager
@@ -167,14 +168,13 @@ def _of_cache(cache: TensorCache) -> Variant:
 def _cache(fraction: float, *, min_tensor_bytes: int) -> Iterator[TensorCache]:
     queue = TransferQueue(io_threads=1, max_inflight_bytes=1 << 40)
     cache = TensorCache(
-        policy=FractionPolicy(fraction),
+        placer=Placer(FractionPolicy(fraction), {Placement.SSD: _NoBytesTier()}, min_tensor_bytes, 0),
         queue=queue,
         streams=CpuStreams(),
         device=torch.device("cpu"),
-        tiers={Placement.SSD: _NoBytesTier()},
         allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
-        min_tensor_bytes=min_tensor_bytes,
         prefetch_bytes=1 << 40,
+        rank=0,
     )
     try:
         yield cache

@@ -335,6 +335,6 @@ def _cells(summary: StrategySummary, memory_bytes: int | None) -> dict[str, str]
         "forwarded": format_bytes(summary.forwarded_bytes),
         "loads on demand": f"{summary.num_loads_on_demand:.0f}",
         "stalled": format_seconds(summary.stall_seconds),
-        "failed stores": str(summary.num_failures),
+        "failures": str(summary.num_failures),
         "loss and gradients": "equal, all bits" if summary.is_equal else "DIFFERENT",
     }

@@ -150,6 +150,8 @@ class TierHealth:
             self._pause_steps = min(max(1, 2 * self._pause_steps), _LONGEST_PAUSE_STEPS)
             self._retry_at_step = step + self._pause_steps
 
-    def succeeded(self) -> None:
-        """Note a store that worked after the pause."""
+    def succeeded(self) -> bool:
+        """Note a store that worked; tell whether it is the first one after a pause."""
+        has_recovered = self._pause_steps > 0
         self._pause_steps = 0
+        return has_recovered

@@ -71,7 +71,7 @@ _TOTALS = {
     "loaded_bytes": "loaded back",
     "stall_seconds": "training waited, all ranks",
     "num_loads_on_demand": "loads on demand",
-    "num_failures": "failed stores and promotions",
+    "num_failures": "failures and tiers passed over",
 }
 _STEP = {
     "step": "step",

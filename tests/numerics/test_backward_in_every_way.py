@@ -346,7 +346,7 @@ def test_offloader_that_nobody_keeps_still_offloads(make_config):
     left, right = model(batch())
     queue.wait_idle()
     (left.sum() + right.sum()).backward()
-    stored.append(end_step(0))
+    stored.append(end_step())
     del model, left, right
     gc.collect()
     assert stored[0].failures == {}

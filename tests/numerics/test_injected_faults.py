@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from fakes import causes_of
 from training import assert_nothing_held, assert_same, one_step, train
 from workloads import WORKLOADS
 
@@ -51,9 +52,17 @@ def test_stores_that_fail_keep_the_gradients(kind, probability, make_config, exp
     if probability == 1.0:
         assert stats[0].stored_bytes == 0
         cause = "ssd: StoreError" if kind == "SHORT" else f"ssd: {kind}"
-        assert set(stats[0].failures) == {cause}
+        assert causes_of(stats[0]) == {cause}
         warned = [record for record in caplog.records if "said once per cause" in record.getMessage()]
         assert len(warned) == 1
+
+
+def test_a_load_tried_again_in_the_last_backward_is_said(make_config, caplog):
+    parts, plan = parts_of(Fault(FaultKind.EIO, "read", count=1))
+    _, stats = train(GPT, make_config(ONE_THREAD), must_load=True, parts=parts, steps=1)
+    assert len(plan.injected) == 1
+    assert causes_of(stats[0]) == {"ssd: EIO"}
+    assert "has moved the bytes" in caplog.text
 
 
 @pytest.mark.parametrize("kind", LOUD_STORES)

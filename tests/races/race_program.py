@@ -301,7 +301,7 @@ class PluginRun(PlainRun):
         self.rig.queue.wait_idle()
 
     def do_end_step(self, number):
-        self.steps.append(self.rig.cache.end_step(0))
+        self.steps.append(self.rig.cache.end_step())
 
     def do_collect(self, number):
         gc.collect()

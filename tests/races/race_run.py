@@ -16,6 +16,7 @@ from race_threading import SimThreading, SimTime, replaced
 from race_tier import CheckingTier, Faults
 
 from ssdtrain_plugin.cache import TensorCache
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import LoadBounds, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.streams import CpuStreams
@@ -111,14 +112,18 @@ class Rig:
             clock=SimTime(scheduler).monotonic,
         )
         self.cache = TensorCache(
-            policy=chance.choice([FractionPolicy(1.0), FractionPolicy(0.5), RandomPolicy(chance)]),
+            placer=Placer(
+                chance.choice([FractionPolicy(1.0), FractionPolicy(0.5), RandomPolicy(chance)]),
+                self.tiers,
+                chance.choice([1, 1, 1, 90]),
+                0,
+            ),
             queue=self.queue,
             streams=CpuStreams(),
             device=torch.device("cpu"),
-            tiers=self.tiers,
             allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
-            min_tensor_bytes=chance.choice([1, 1, 1, 90]),
             prefetch_bytes=chance.choice([1, 100, 300, 1 << 30]),
+            rank=0,
         )
         self.cache._lock.name = "the cache's lock"
         self.queue._lock.name = "the queue's lock"
@@ -235,7 +240,7 @@ def _run(seed, scheduler, program, expected, report):
         run = PluginRun(program, rig)
         ours = run.run()
         rig.finish()
-        run.steps.append(rig.cache.end_step(0))
+        run.steps.append(rig.cache.end_step())
         for number, outcome in expected.items():
             is_same = are_same(ours[number], outcome) or ours[number] == "lost"
             words = [found if isinstance(found, str) else "gradients" for found in (ours[number], outcome)]

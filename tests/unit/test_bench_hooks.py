@@ -26,7 +26,7 @@ def test_each_variant_does_what_its_name_says():
         for cache in (kept, moved):
             _run(SavedTensorHooks(cache, checkpointing="offload").forward, 10)
             cache._queue.wait_idle()
-        kept_stats, moved_stats = kept.end_step(0), moved.end_step(0)
+        kept_stats, moved_stats = kept.end_step(), moved.end_step()
     tensor_bytes = torch.ones(16).nbytes
     assert (kept_stats.kept_bytes, kept_stats.stored_bytes) == (10 * tensor_bytes, 0)
     assert moved_stats.kept_bytes == 0

@@ -1,5 +1,6 @@
 """The cache over a tier with gates: what is where, who waits for what, and what is given back when."""
 
+import errno
 import gc
 import threading
 
@@ -8,14 +9,14 @@ import torch
 from fakes import TIMEOUT_SECONDS, CacheRig, FlakyTier, GatedTier, MemoryTier, ahead_bytes, store_error
 from torch.autograd.graph import saved_tensors_hooks
 
-from ssdtrain_plugin.errors import OffloadError, SavedTensorMutatedError
+from ssdtrain_plugin.errors import CapacityError, LoadError, OffloadError, SavedTensorMutatedError
 from ssdtrain_plugin.records import KeptTensor
 
 
 def settled(rig):
     """Statistics after everything under way has ended."""
     rig.settle()
-    return rig.cache.end_step(0)
+    return rig.cache.end_step()
 
 
 def assert_empty(rig):
@@ -312,6 +313,41 @@ def test_a_graph_dropped_while_its_load_runs_gives_its_extent_back():
         tier.reads.open()
         assert_empty(rig)
         assert tier.counts["read"] == 1, "those queued were cancelled"
+
+
+def test_a_prefetch_that_fails_is_said_although_the_next_attempt_works(caplog):
+    tier = FlakyTier(
+        fail_read=lambda number: LoadError("read failed", errno=errno.EIO, path="/d") if not number else None
+    )
+    with CacheRig(tier, rank=5) as rig:
+        handle = rig.cache.put(torch.arange(8.0))
+        rig.settle()
+        rig.cache.expect_backward(0)
+        rig.settle()
+        assert torch.equal(rig.cache.get(handle), torch.arange(8.0))
+        del handle
+        stats = settled(rig)
+        assert stats.failures == {"ssd: EIO at /d, load": 1}
+        assert "rank 5: read failed" in caplog.text
+        assert stats.rank == 5
+        assert_empty(rig)
+
+
+def test_no_memory_for_a_load_that_backward_waits_for_is_a_load_error():
+    with CacheRig(MemoryTier()) as rig:
+        handle = rig.cache.put(torch.arange(8.0))
+        rig.settle()
+        allocate, rig.cache._reloader._allocate_target = rig.cache._reloader._allocate_target, refuse
+        with pytest.raises(LoadError, match=r"cannot load the activation \(8,\) .*: no memory\n\nhint: free some"):
+            rig.cache.get(handle)
+        rig.cache._reloader._allocate_target = allocate
+        assert torch.equal(rig.cache.get(handle), torch.arange(8.0))
+        del handle
+        assert_empty(rig)
+
+
+def refuse(nbytes):
+    raise CapacityError("no memory", nbytes=nbytes, hint="free some")
 
 
 def test_what_an_earlier_backward_still_holds_is_not_read_again():

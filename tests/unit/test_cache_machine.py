@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.errors import CapacityError, LoadError, SavedTensorMutatedError
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import LoadBounds, Placement
 from ssdtrain_plugin.records import Record, State
 from ssdtrain_plugin.streams import CpuStreams
@@ -249,14 +250,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.targets = []
         placements = {"ssd": Placement.SSD, "host": Placement.HOST}
         self.cache = TensorCache(
-            policy=self.policy,
+            placer=Placer(self.policy, {placements[name]: tier for name, tier in self.tiers.items()}, SMALL_BYTES, 3),
             queue=self.queue,
             streams=CpuStreams(),
             device=torch.device("cpu"),
-            tiers={placements[name]: tier for name, tier in self.tiers.items()},
             allocate_target=self.allocate_target,
-            min_tensor_bytes=SMALL_BYTES,
             prefetch_bytes=prefetch_bytes,
+            rank=3,
         )
         self.course = []
         self.queue.when_waiting = self.go_on
@@ -512,12 +512,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.queue.quiesce()
 
     def end_step(self, _=0):
-        stats = self.cache.end_step(3)
+        stats = self.cache.end_step()
         self.queue.quiesce()
         self.count_ended()
         names = ("microbatches", "stored_bytes", "host_bytes", "loaded_bytes", "deduplicated_bytes", "kept_bytes")
         assert {name: getattr(stats, name) for name in names} == {name: self.expected[name] for name in names}
-        assert stats.failures == self.failures
+        failures = {cause: number for cause, number in stats.failures.items() if "left alone" not in cause}
+        assert failures == self.failures
         assert stats.rank == 3
         self.expected.clear()
         self.failures.clear()
@@ -528,11 +529,16 @@ class CacheMachine(RuleBasedStateMachine):
             ended = self.queue.ended.pop()
             if ended.direction is Direction.LOAD and not ended.is_move:
                 self.expected["loaded_bytes"] += 0 if ended.error else ended.nbytes
+                self.count_unread(ended.lane[0], "load", ended.error)
             elif ended.direction is Direction.LOAD:
-                if ended.error and not is_budget(ended.error):
-                    self.failures[f"ssd: promotion, {type(ended.error).__name__}"] += 1
+                if not is_budget(ended.error):
+                    self.count_unread("ssd", "promotion", ended.error)
             else:
                 self.count_store(ended)
+
+    def count_unread(self, name, what, error):
+        if error is not None:
+            self.failures[f"{name}: {cause_of(error)}, {what}"] += 1
 
     def count_store(self, ended):
         name = "ssd" if ended.is_move else ended.lane[0]
@@ -543,9 +549,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.expected["kept_bytes"] += ended.nbytes  # a move counts none
         if not (ended.is_move and is_budget(ended.error)):
-            number = getattr(ended.error, "errno", None)
-            cause = "timeout" if number == errno.ETIMEDOUT else errno.errorcode[number]
-            self.failures[f"{name}: {cause}"] += 1
+            self.failures[f"{name}: {cause_of(ended.error)}"] += 1
 
     # ------------------------------------------------------------------ workers
 
@@ -694,6 +698,13 @@ class CacheMachine(RuleBasedStateMachine):
 
 def is_budget(error):
     return isinstance(error, CapacityError) and error.errno is None
+
+
+def cause_of(error):
+    number = getattr(error, "errno", None)
+    return (
+        type(error).__name__ if number is None else "timeout" if number == errno.ETIMEDOUT else errno.errorcode[number]
+    )
 
 
 class Watched(logging.Handler):

@@ -366,7 +366,7 @@ def test_the_tensor_of_a_hung_store_is_handed_back_from_memory(make_rig, caplog)
     assert record.state.value == "resident"
     assert torch.equal(rig.cache.get(handle), expected)
     assert rig.tier.counts["read"] == 0
-    stats = rig.cache.end_step(0)
+    stats = rig.cache.end_step()
     assert stats.failures == {"ssd: timeout": 1}
     assert (stats.stored_bytes, stats.kept_bytes) == (0, 32)
     assert [text for text in caplog.messages if "no end after" in text and "not affected" in text]
@@ -430,7 +430,7 @@ def test_a_tier_is_left_alone_while_a_store_hangs_and_used_again_after(make_rig)
     rig = make_rig()
     handle, _, store = hung_store(rig, torch.randn(8))
     for _ in range(5):
-        rig.cache.end_step(0)
+        rig.cache.end_step()
         assert rig.cache.put(torch.randn(8)).lease.record.tier is None, "kept"
     rig.tier.writes.open()
     wait_for_return(store)
@@ -456,7 +456,7 @@ def test_a_step_that_ends_gives_up_what_is_overdue(make_rig):
     handle = rig.cache.put(torch.randn(8))
     rig.tier.writes.wait_for_arrival()
     rig.clock.advance(TIMEOUT)
-    assert rig.cache.end_step(0).failures == {"ssd: timeout": 1}
+    assert rig.cache.end_step().failures == {"ssd: timeout": 1}
     del handle
 
 
@@ -544,12 +544,12 @@ def test_one_hung_drive_of_several_does_not_stop_the_others(make_rig):
     hung = by_drive[0]
     rig.queue.wait(by_drive[1])
     let_time_pass(rig)
-    assert rig.cache.end_step(0).failures == {"ssd: timeout": 1}
-    rig.cache.end_step(0)  # the pause of the tier
+    assert rig.cache.end_step().failures == {"ssd: timeout": 1}
+    rig.cache.end_step()  # the pause of the tier
     handles += [rig.cache.put(torch.randn(8)) for _ in range(4)]
     assert {handle.lease.record.extent.drive for handle in handles[2:]} == {1}
     rig.settle()
-    assert rig.cache.end_step(0).stored_bytes == 4 * 32
+    assert rig.cache.end_step().stored_bytes == 4 * 32
     del handles
     rig.cache.is_idle()
     rig.settle()

@@ -95,7 +95,7 @@ def test_backward_announces_and_measures(hooks, rig):
         loss.backward()
     with hooks.backward(None):
         pass
-    assert rig.cache.end_step(0).backward_seconds > 0
+    assert rig.cache.end_step().backward_seconds > 0
 
 
 def test_an_idle_cache_ends_its_step_at_the_next_forward(hooks):
@@ -103,7 +103,7 @@ def test_an_idle_cache_ends_its_step_at_the_next_forward(hooks):
 
     class Owner:
         def end_step(self):
-            ended.append(hooks.cache.end_step(0))
+            ended.append(hooks.cache.end_step())
 
     owner = Owner()
     hooks.end_step = weakref.WeakMethod(owner.end_step)
@@ -159,9 +159,9 @@ def test_a_module_that_calls_itself_is_one_micro_batch(hooks, rig):
 
     model = Recursive(3, 3)
     module_hooks = ModuleHooks(model, hooks, None)
-    rig.cache.end_step(0)
+    rig.cache.end_step()
     model(torch.ones(2, 3)).sum().backward()
-    assert rig.cache.end_step(0).microbatches == 1
+    assert rig.cache.end_step().microbatches == 1
     assert active_hooks() is None
     module_hooks.remove()
 
@@ -180,9 +180,9 @@ def test_an_interrupted_forward_is_left_at_the_next_one(hooks, rig):
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(2, 3))
     model.is_interrupted = False
-    rig.cache.end_step(0)
+    rig.cache.end_step()
     model(torch.ones(2, 3)).sum().backward()
-    assert rig.cache.end_step(0).microbatches == 1
+    assert rig.cache.end_step().microbatches == 1
     assert active_hooks() is None
     assert not is_hooked()
     module_hooks.remove()

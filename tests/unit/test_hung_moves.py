@@ -65,7 +65,7 @@ def test_a_hung_promotion_leaves_the_record_on_the_drive(clock):
         record = handles[8].lease.record
         rig.queue.wait(handles[11].lease.record.load)
         let_return = give_up(rig, clock, record)
-        assert rig.failures() == {"ssd: promotion, LoadError": 1}
+        assert rig.failures() == {"ssd: timeout, promotion": 1}
         while handles:
             rig.get(handles.pop())
         assert rig.cache.is_idle()

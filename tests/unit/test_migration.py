@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.errors import CapacityError
 from ssdtrain_plugin.migration import Migrator
+from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.base import Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
 from ssdtrain_plugin.records import State
@@ -112,14 +113,13 @@ class Rig:
         self.queue = TransferQueue(**options)
         self.tiers = {Placement.HOST: self.host, Placement.SSD: self.drive}
         self.cache = TensorCache(
-            policy=policy or FractionPolicy(1.0),
+            placer=Placer(policy or FractionPolicy(1.0), self.tiers, 1, 0),
             queue=self.queue,
             streams=CpuStreams(),
             device=torch.device("cpu"),
-            tiers=self.tiers,
             allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
-            min_tensor_bytes=1,
             prefetch_bytes=prefetch_bytes,
+            rank=0,
         )
         self.values = {}
         self.starts = 0
@@ -192,7 +192,7 @@ def test_the_tail_of_forward_ends_up_on_the_host():
     with Rig(4 * SIZE) as rig:
         handles = rig.save_all(12)
         assert rig.on_host(handles) == [9, 10, 11], "and room for one more, made ahead"
-        stats = rig.cache.end_step(0)
+        stats = rig.cache.end_step()
         assert stats.stored_bytes == 9 * SIZE, "each byte went to the drive once"
         assert stats.host_bytes == 11 * SIZE
         assert stats.kept_bytes == 0
@@ -276,7 +276,7 @@ def test_a_spill_that_backward_overtakes_comes_to_nothing():
         rig.settle()
         assert rig.on_host(handles) == [0, 1, 2, 3]
         assert rig.drive.moved == [("spill", SIZE)], "what was queued has not even begun"
-        assert rig.cache.end_step(0).stored_bytes == (1 + 2 + 1) * SIZE, "what was written wears the drive all the same"
+        assert rig.cache.end_step().stored_bytes == (1 + 2 + 1) * SIZE, "what was written wears the drive all the same"
         while handles:
             rig.get(handles.pop())
         rig.assert_empty()
@@ -289,7 +289,7 @@ def test_a_spill_takes_no_place_in_the_budget_of_stores_in_flight():
         handles.append(rig.save())
         rig.drive.moves.wait_for_arrival()
         rig.wait_until(lambda: handles[-1].lease.record.state is State.STORED)
-        assert rig.queue.inflight_bytes == 0
+        rig.wait_until(lambda: rig.queue.inflight_bytes == 0)  # the worker settles its store a moment later
 
 
 def test_spills_under_way_count_as_room_that_comes():
@@ -428,7 +428,7 @@ def test_the_host_fills_with_what_is_needed_soonest():
             rig.settle()
         assert rig.drive.moved.count(("promotion", SIZE)) == 9
         assert rig.host.counts["read"] == 12, "every load came from the host"
-        stats = rig.cache.end_step(0)
+        stats = rig.cache.end_step()
         assert stats.loaded_bytes == 12 * SIZE, "promoted bytes are not in device memory"
         rig.assert_empty()
 
@@ -575,7 +575,7 @@ def test_a_failed_spill_leaves_the_record_where_it_was():
         rig.drive.failing.add("spill")
         handles = rig.save_all(5)
         assert rig.on_host(handles) == [0, 1, 2, 3]
-        assert rig.failures() == {"ssd: EIO": 1}
+        assert rig.failures() == {"ssd: EIO at /nowhere": 1}
         assert rig.cache._placer.usable(Placement.SSD, 0) is None, "as after a failed store"
         assert rig.drive.used_bytes == SIZE
         del handles[3]
@@ -606,7 +606,7 @@ def test_a_failed_promotion_is_counted_once_and_the_load_decides():
         while handles:
             rig.get(handles.pop())
             rig.settle()
-        assert rig.failures() == {"ssd: promotion, LoadError": 1}
+        assert rig.failures() == {"ssd: EIO at /nowhere, promotion": 1}
         assert rig.drive.moved.count(("promotion", SIZE)) == 1, "none is tried again in this backward"
         rig.assert_empty()
 
@@ -653,14 +653,13 @@ def test_closing_under_a_move_hangs_nobody(kind):
 def test_with_one_tier_there_is_no_migrator(placement):
     queue = TransferQueue(io_threads=1, max_inflight_bytes=1)
     cache = TensorCache(
-        policy=FractionPolicy(1.0),
+        placer=Placer(FractionPolicy(1.0), {placement: Place(name=placement.value)}, 1, 0),
         queue=queue,
         streams=CpuStreams(),
         device=torch.device("cpu"),
-        tiers={placement: Place(name=placement.value)},
         allocate_target=lambda nbytes: torch.empty(nbytes, dtype=torch.uint8),
-        min_tensor_bytes=1,
         prefetch_bytes=1,
+        rank=0,
     )
     assert cache._migrator is None
     assert cache._reloader.observer is None
@@ -776,7 +775,7 @@ class Model:
         self.rig.settle()
 
     def end_step(self, _):
-        self.rig.cache.end_step(0)
+        self.rig.cache.end_step()
 
     def expect(self, number):
         self.rig.cache.expect_backward(list(self.graphs)[number % len(self.graphs)])
