@@ -81,7 +81,7 @@ def bench_hooks(
 
 
 @bench.command("io")
-def bench_io(
+def bench_io(  # noqa: PLR0913 - an option each
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Directories on the drives.")],
     engine: Annotated[list[str] | None, typer.Option(help="auto, posix, aio or gds; repeat it for several.")] = None,
     size: Annotated[str, typer.Option(help="Bytes of each pass; more is steadier.")] = "1 GiB",
@@ -92,9 +92,15 @@ def bench_io(
         list[str] | None,
         typer.Option(metavar="RATE", help="Slow the last path down, for example 500MB/s; repeat it for the last ones."),
     ] = None,
+    verify: Annotated[
+        list[str] | None, typer.Option(help="off or checksum, as in the option; repeat it. By default both.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Measure write, read and both at once beside fio; several paths alone and striped. Exits with 1 if it cannot."""
+    """Measure write, read and both at once beside fio; several paths alone and striped. Exits with 1 if it cannot.
+
+    Each engine is measured with and without `verify: checksum`, and what that costs is the last line of each table.
+    """
     size_bytes, block_bytes = size_in_bytes("--size", size), size_in_bytes("--block", block)
     if block_bytes % (4 * KIB):
         raise typer.BadParameter(f"{block!r} (expected a multiple of 4 KiB)", param_hint="--block")
@@ -110,9 +116,13 @@ def bench_io(
     if unknown:
         said = f"{unknown[0]!r} (expected auto, posix, aio or gds)"
         raise typer.BadParameter(said, param_hint="--engine")
+    unknown = [name for name in verify or () if name not in ("off", "checksum")]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} (expected off or checksum)", param_hint="--verify")
     from ssdtrain_plugin.bench.io import IoOptions, measure_io  # torch
+    from ssdtrain_plugin.bench.io_sides import VERIFY
 
-    options = IoOptions(size_bytes, block_bytes, threads, rounds, engines, throttles)
+    options = IoOptions(size_bytes, block_bytes, threads, rounds, engines, throttles, tuple(verify or VERIFY))
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -151,6 +161,8 @@ def _print_io(console: Console, report: IoReport) -> None:
         for cells in _io_rows(place.rows, is_striped=is_striped):
             table.add_row(*cells)
         console.print(table)
+        for cost in _costs_of_checksums(place.rows):
+            console.print(cost, soft_wrap=True)
         console.print()
     for remark in report.remarks:
         console.print(f"note: {escape(remark)}", soft_wrap=True)
@@ -164,10 +176,32 @@ def _title(place: Place) -> str:
     return names[0] if len(names) == 1 else f"all together: {', '.join(names)}"
 
 
+def _costs_of_checksums(rows: tuple[Row, ...]) -> list[str]:
+    """Say what ``verify: checksum`` costs, a line for each engine that was measured with and without."""
+    lines = []
+    for row in rows:
+        costs = [
+            f"{direction} {_ratio(figure.share_of_unverified)} / {_ratio(figure.cpu_over_unverified)}"
+            for direction, figure in row.figures.items()
+            if figure.share_of_unverified is not None
+        ]
+        if costs:
+            lines.append(f"verify: checksum, {row.method}: throughput / CPU time over verify: off: {', '.join(costs)}")
+    return lines
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _side(row: Row) -> str:
+    return row.method if row.verify == "off" else f"{row.method}, {row.verify}"
+
+
 def _io_rows(rows: tuple[Row, ...], *, is_striped: bool) -> list[list[str]]:
     """Turn the sides at one place into cells, all sides of one direction below each other."""
     cells = [
-        ["first write", row.method, format_rate(row.first_write_bytes_per_second)]
+        ["first write", _side(row), format_rate(row.first_write_bytes_per_second)]
         for row in rows
         if row.first_write_bytes_per_second is not None
     ]
@@ -176,7 +210,7 @@ def _io_rows(rows: tuple[Row, ...], *, is_striped: bool) -> list[list[str]]:
             figure = row.figures[direction]
             rates = figure.bytes_per_second_by_round
             cells.append(
-                [direction, row.method, *map(format_rate, (figure.bytes_per_second, min(rates), max(rates)))]
+                [direction, _side(row), *map(format_rate, (figure.bytes_per_second, min(rates), max(rates)))]
                 + [_percent(figure.share_of_fio), f"{figure.cpu_milliseconds_per_gib:.1f} ms"]
                 + ([_percent(figure.share_of_sum)] if is_striped else [])
             )

@@ -14,6 +14,11 @@ compared.
 Note [Several paths]. Each is measured alone and then all together, in each round. On
 drives of their own, the sum of each alone is what striping can reach. Paths on one
 drive share its speed, and only fio on all of them at once says what can be reached.
+
+Note [What checksums cost]. An engine takes part twice: as training uses it with ``verify: off``, and
+with ``verify: checksum``, each on a file of its own. What the second costs is its throughput
+and its CPU time over those of the first, round by round, because both are visited next
+to each other in time.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,6 +73,9 @@ class Figure:
             the machine falls out; or None.
         share_of_sum: Of several paths together: ``bytes_per_second`` over the sum of
             each path's alone, by the same side; or None.
+        share_of_unverified: With ``verify: checksum``: median of the shares of single
+            rounds, throughput over that of the same engine with ``verify: off``; else None.
+        cpu_over_unverified: The same of CPU time a GiB: above 1 is what checksums cost.
     """
 
     bytes_per_second: float
@@ -76,6 +85,8 @@ class Figure:
     share_of_fio: float | None
     median_share_of_fio: float | None
     share_of_sum: float | None
+    share_of_unverified: float | None
+    cpu_over_unverified: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ class Row:
 
     Attributes:
         method: An engine of ours, or ``fio``.
+        verify: As in the option of that name; ``off`` for fio.
         how: Where the bytes went and how, in one line.
         first_write_bytes_per_second: Into space that was allocated and never written; None
             for fio and for several paths together, which come later.
@@ -91,6 +103,7 @@ class Row:
     """
 
     method: str
+    verify: str
     how: str
     first_write_bytes_per_second: float | None
     figures: Mapping[str, Figure]
@@ -103,7 +116,7 @@ class Place:
     Attributes:
         paths: As given.
         throttles: Bytes a second of each, or None.
-        rows: Each engine in the order asked for, followed by fio on the same file.
+        rows: Each engine in the order asked for, with each ``verify``, followed by fio on the file of the first.
     """
 
     paths: tuple[str, ...]
@@ -148,11 +161,13 @@ def measure_io(paths: Sequence[str], options: IoOptions, progress: Progress | No
     """
     engines = tuple(dict.fromkeys(choose_engine(engine, _CPU)[0] for engine in options.engines))
     reports = [_look_at(path) for path in paths]
-    _check_room(reports, options, num_files=len(engines))
+    verify = tuple(dict.fromkeys(options.verify))
+    _check_room(reports, options, num_files=len(engines) * len(verify))
     with contextlib.ExitStack() as stack:
         run = _Run(reports, options, stack, progress or (lambda what, done, total: None))
         for engine in engines:
-            run.add_ours(engine)
+            for each in verify:
+                run.add_ours(engine, each)
         with contextlib.closing(run.queue):
             run.write_first()
             run.add_fio()
@@ -201,8 +216,15 @@ class _Entry:
     first_write: Sample | None = None
     visits: list[dict[str, Sample]] = field(default_factory=list)
 
+    @property
+    def has_first_write(self) -> bool:
+        return isinstance(self.side, Ours) and len(self.place) == 1
+
     def rates(self, direction: str) -> list[float]:
         return [visit[direction].bytes_per_second for visit in self.visits]
+
+    def costs(self, direction: str) -> list[float]:
+        return [1e3 * visit[direction].cpu_seconds_per_gib for visit in self.visits]
 
     def median_rate(self, direction: str) -> float:
         return statistics.median(self.rates(direction))
@@ -240,19 +262,18 @@ class _Run:
         if share is not None and share < _HUGE_SHARE:
             self._remarks.append(f"only {share:.0%} of our buffers are in huge pages: host memory is fragmented")
 
-    def add_ours(self, engine: str) -> None:
+    def add_ours(self, engine: str, verify: str) -> None:
         """Open a drive a path, and stripe them."""
+        sides = partial(Ours, engine, queue=self.queue, buffers=self._buffers, options=self._options, verify=verify)
         drives: list[Tier] = []
         for index in self._all:
-            drives.append(self._open_tier(index, engine))
+            drives.append(self._open_tier(index, engine, verify))
             self._stack.callback(drives[-1].close)
-            ours = Ours(engine, drives[-1], self.queue, self._buffers, self._options)
-            self._entries.append(_Entry((index,), engine, ours))
+            self._entries.append(_Entry((index,), engine, sides(drives[-1])))
         if len(drives) > 1:
-            ours = Ours(engine, StripedTier(drives), self.queue, self._buffers, self._options, adapts=True)
-            self._entries.append(_Entry(self._all, engine, ours))
+            self._entries.append(_Entry(self._all, engine, sides(StripedTier(drives), adapts=True)))
 
-    def _open_tier(self, index: int, engine: str) -> Tier:
+    def _open_tier(self, index: int, engine: str, verify: str) -> Tier:
         report, throttle = self._reports[index], self._throttles[index]
         tier = open_drive(
             report.path,
@@ -260,8 +281,10 @@ class _Run:
             streams=self._streams,
             arena=self._arena,
             disk_bytes=self._options.num_blocks * round_up(self._options.block_bytes, report.alignment_bytes),
+            has_checksums=verify == "checksum",
         )
-        self._files[index, engine] = tier._file.fd  # lent to fio: the file has no name to open it by
+        # Lent to fio: the file has no name to open it by. Of two it gets the first.
+        self._files.setdefault((index, engine), tier._file.fd)
         if throttle is None:
             return tier
         return ThrottledTier(tier, write_bytes_per_second=throttle, read_bytes_per_second=throttle)
@@ -273,7 +296,7 @@ class _Run:
             self._remarks.append("fio is not installed: there is no comparison; install it with the system's packages")
             return
         block_bytes = self._options.block_bytes
-        for entry in list(self._entries):
+        for entry in self._first_of_each_file():
             if any(self._throttles[index] is not None for index in entry.place):
                 continue
             files = [(self._files[index, entry.engine], self._reports[index].supports_direct) for index in entry.place]
@@ -286,6 +309,10 @@ class _Run:
                 return
             self._entries.append(_Entry(entry.place, entry.engine, Fio(program, files, self._options)))
 
+    def _first_of_each_file(self) -> list[_Entry]:
+        """Leave out the sides that differ from another in ``verify`` only: fio does the same beside both."""
+        return list({(entry.place, entry.engine): entry for entry in reversed(self._entries)}.values())[::-1]
+
     def _drop_fio(self, error: FioError) -> None:
         self._remarks.append(f"there is no comparison: {error.message}")
         self._entries = [entry for entry in self._entries if not isinstance(entry.side, Fio)]
@@ -293,7 +320,7 @@ class _Run:
     def write_first(self) -> None:
         """Fill the files: what is measured later goes where bytes were before."""
         for entry in self._entries:
-            if isinstance(entry.side, Ours) and len(entry.place) == 1:
+            if isinstance(entry.side, Ours) and entry.has_first_write:
                 self._announce(entry)
                 entry.first_write = entry.side.first_write()
 
@@ -315,8 +342,10 @@ class _Run:
         self._progress("done", self._num_done, self._num_done)
 
     def _announce(self, entry: _Entry) -> None:
-        total = len(self._files) + len(self._entries) * (1 + self._options.rounds)
-        self._progress(f"{' + '.join(self._paths(entry.place))}: {entry.side.method}", self._num_done, total)
+        num_first = sum(entry.has_first_write for entry in self._entries)
+        total = num_first + len(self._entries) * (1 + self._options.rounds)
+        how = f", {entry.side.verify}" if entry.side.verify != "off" else ""
+        self._progress(f"{' + '.join(self._paths(entry.place))}: {entry.side.method}{how}", self._num_done, total)
         self._num_done += 1
 
     def _in_order(self) -> list[_Entry]:
@@ -350,6 +379,7 @@ class _Run:
         rows = tuple(
             Row(
                 method=entry.side.method,
+                verify=entry.side.verify,
                 how=entry.side.how,
                 first_write_bytes_per_second=entry.first_write.bytes_per_second if entry.first_write else None,
                 figures={direction: self._figure(entry, direction) for direction in DIRECTIONS},
@@ -360,9 +390,10 @@ class _Run:
 
     def _figure(self, entry: _Entry, direction: str) -> Figure:
         rates, rate = entry.rates(direction), entry.median_rate(direction)
-        costs = [1e3 * visit[direction].cpu_seconds_per_gib for visit in entry.visits]
+        costs, verify = entry.costs(direction), entry.side.verify
         fio = None if isinstance(entry.side, Fio) else self._entry(entry.place, entry.engine, Fio)
-        alone = [self._entry((index,), entry.engine, type(entry.side)) for index in entry.place]
+        plain = self._entry(entry.place, entry.engine, Ours) if verify != "off" else None
+        alone = [self._entry((index,), entry.engine, type(entry.side), verify) for index in entry.place]
         sum_of_alone = sum(other.median_rate(direction) for other in alone if other is not None)
         return Figure(
             bytes_per_second=rate,
@@ -372,15 +403,21 @@ class _Run:
             share_of_fio=rate / fio.median_rate(direction) if fio else None,
             median_share_of_fio=_median_ratio(rates, fio.rates(direction)) if fio else None,
             share_of_sum=rate / sum_of_alone if len(entry.place) > 1 else None,
+            share_of_unverified=_median_ratio(rates, plain.rates(direction)) if plain else None,
+            cpu_over_unverified=_median_ratio(costs, plain.costs(direction)) if plain else None,
         )
 
-    def _entry(self, place: tuple[int, ...], engine: str, kind: type[Ours] | type[Fio]) -> _Entry | None:
+    def _entry(
+        self, place: tuple[int, ...], engine: str, kind: type[Ours] | type[Fio], verify: str = "off"
+    ) -> _Entry | None:
         found = (entry for entry in self._entries if (entry.place, entry.engine) == (place, engine))
-        return next((entry for entry in found if isinstance(entry.side, kind)), None)
+        return next((entry for entry in found if isinstance(entry.side, kind) and entry.side.verify == verify), None)
 
 
-def _median_ratio(ours: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(mine / yours for mine, yours in zip(ours, other, strict=True))
+def _median_ratio(ours: Sequence[float], other: Sequence[float]) -> float | None:
+    # The clock of CPU time may not move during a small pass: such a round says nothing.
+    ratios = [mine / yours for mine, yours in zip(ours, other, strict=True) if yours]
+    return statistics.median(ratios) if ratios else None
 
 
 # What is worth knowing

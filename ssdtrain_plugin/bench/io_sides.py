@@ -26,10 +26,13 @@ from ssdtrain_plugin.streams import DeviceEvent
 from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue
 from ssdtrain_plugin.units import MIB, format_bytes
 
-__all__ = ["DIRECTIONS", "Buffers", "Fio", "IoOptions", "Ours"]
+__all__ = ["DIRECTIONS", "VERIFY", "Buffers", "Fio", "IoOptions", "Ours"]
 
 DIRECTIONS = ("write", "read", "mixed")
 """What is measured, in this order. Mixed is one half of the bytes each way, at the same time."""
+
+VERIFY = ("off", "checksum")
+"""What the option ``verify`` may be, each measured beside the other: the first is what the second is compared with."""
 
 _STAMP = struct.Struct("<q")
 
@@ -45,6 +48,7 @@ class IoOptions:
         rounds: Visits of each side that count; one more comes before.
         engines: As in the option ``io_engine``.
         throttles: Bytes a second, both ways, of as many of the last paths, in order.
+        verify: As in the option of that name; each is a side of its own, with a file of its own.
     """
 
     size_bytes: int
@@ -53,6 +57,7 @@ class IoOptions:
     rounds: int = 5
     engines: tuple[str, ...] = ("auto",)
     throttles: tuple[int, ...] = ()
+    verify: tuple[str, ...] = VERIFY
 
     @property
     def num_blocks(self) -> int:
@@ -155,6 +160,7 @@ class Ours:
         queue: With nothing else to do meanwhile.
         buffers: One for each of its threads.
         options: How many bytes, in blocks of which size.
+        verify: As the tier was opened: ``off`` or ``checksum``.
         adapts: The tier places bytes by the speed that it has seen last. In training that
             was the same kind of pass, in the step before; so there is one, not timed,
             between the mixed pass of one visit and the write of the next.
@@ -168,11 +174,12 @@ class Ours:
         buffers: Buffers,
         options: IoOptions,
         *,
+        verify: str = "off",
         adapts: bool = False,
     ) -> None:
         """Move nothing yet."""
         self._adapts = adapts
-        self.method = method
+        self.method, self.verify = method, verify
         self._tier = tier
         self._queue = queue
         self._buffers = buffers
@@ -297,7 +304,7 @@ class Fio:
             that could not be seen.
     """
 
-    method = "fio"
+    method, verify = "fio", "off"
 
     def __init__(self, program: FioProgram, files: Sequence[tuple[int, bool]], options: IoOptions) -> None:
         """Run nothing yet."""

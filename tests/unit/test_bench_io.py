@@ -15,17 +15,19 @@ from ssdtrain_plugin.bench.io import IoOptions, measure_io
 from ssdtrain_plugin.bench.io_sides import Buffers, Fio, Ours
 from ssdtrain_plugin.cli import app
 from ssdtrain_plugin.errors import CapacityError, LoadError, StoreError
+from ssdtrain_plugin.storage.checksums import Digest
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.streams import CpuStreams
 from ssdtrain_plugin.units import GIB, KIB
 
 BLOCK_BYTES = 64 * KIB
-TINY = ("--size", "256 KiB", "--block", "64 KiB", "--threads", "2", "--rounds", "2")
+SMALL = ("--size", "256 KiB", "--block", "64 KiB", "--threads", "2", "--rounds", "2")
+TINY = (*SMALL, "--verify", "off")
 DIRECTIONS = ["write", "read", "mixed"]
 
 
 def tiny(**changes):
-    options = IoOptions(4 * BLOCK_BYTES, BLOCK_BYTES, threads=2, rounds=2)
+    options = IoOptions(4 * BLOCK_BYTES, BLOCK_BYTES, threads=2, rounds=2, verify=("off",))
     return dataclasses.replace(options, **changes)
 
 
@@ -87,7 +89,7 @@ def test_the_json_has_these_fields(fake_fio, two_paths):
         assert list(place) == ["paths", "throttles", "rows"]
         assert [row["method"] for row in place["rows"]] == ["posix", "fio"]
         for row in place["rows"]:
-            assert list(row) == ["method", "how", "first_write_bytes_per_second", "figures"]
+            assert list(row) == ["method", "verify", "how", "first_write_bytes_per_second", "figures"]
             assert list(row["figures"]) == DIRECTIONS
             is_alone, is_ours = len(place["paths"]) == 1, row["method"] != "fio"
             assert (row["first_write_bytes_per_second"] is not None) is (is_alone and is_ours)
@@ -100,6 +102,8 @@ def test_the_json_has_these_fields(fake_fio, two_paths):
                     "share_of_fio",
                     "median_share_of_fio",
                     "share_of_sum",
+                    "share_of_unverified",
+                    "cpu_over_unverified",
                 ]
                 assert (figure["share_of_fio"] is not None) is is_ours
                 assert (figure["share_of_sum"] is not None) is not is_alone
@@ -139,6 +143,7 @@ def test_a_path_with_markup_is_printed_as_it_is(no_fio, tmp_path):
         (["--throttle", "1GB/s", "--throttle", "1GB/s"], "at most once a path"),
         (["--throttle", "fast"], "not a size"),
         (["--engine", "magic"], "expected auto, posix, aio or gds"),
+        (["--verify", "sometimes"], "expected off or checksum"),
         (["--rounds", "0"], "--rounds"),
         (["--threads", "0"], "--threads"),
     ],
@@ -327,6 +332,96 @@ def test_an_engine_is_measured_once_however_often_it_is_named(no_fio, tmp_path):
 def test_an_odd_number_of_blocks_is_rounded_down_for_equal_halves():
     assert tiny(size_bytes=7 * BLOCK_BYTES + 1).num_blocks == 6
     assert tiny(size_bytes=1).num_blocks == 2
+
+
+# --- what `verify: checksum` costs
+
+
+def test_by_default_an_engine_is_measured_with_checksums_and_without(fake_fio, two_paths, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(*two_paths, *SMALL)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("verify: checksum, posix: ")]
+    assert len(lines) == 3  # each path, and both
+    for line in lines:
+        assert all(f"{direction} " in line for direction in DIRECTIONS)
+    assert "posix, checksum" in result.stdout
+    report = json.loads(run(*two_paths, *SMALL, "--json").stdout)
+    for place in report["places"]:
+        sides = [(row["method"], row["verify"]) for row in place["rows"]]
+        assert sides == [("posix", "off"), ("posix", "checksum"), ("fio", "off")]
+        for row in place["rows"]:
+            for figure in row["figures"].values():
+                assert (figure["share_of_unverified"] is not None) is (row["verify"] == "checksum")
+                assert (figure["share_of_fio"] is not None) is (row["method"] != "fio")
+                assert figure["cpu_milliseconds_per_gib"] >= 0
+                assert len(figure["bytes_per_second_by_round"]) == 2
+
+
+def test_the_side_with_checksums_hashes_every_store_and_load_as_training_does(no_fio, tmp_path, monkeypatch):
+    """Nobody else hashes, and the tier compares: a bit that turns over is its error, before we look at the bytes."""
+    hashed, real = [], Digest.update
+
+    def counts(self, memory):
+        hashed.append(memory.numel())
+        real(self, memory)
+
+    monkeypatch.setattr(Digest, "update", counts)
+    measure_io([str(tmp_path)], tiny(rounds=1))
+    assert hashed == []
+    measure_io([str(tmp_path)], tiny(rounds=1, verify=("off", "checksum")))
+    stored, loaded, compared = 4 + 2, 4 + 2, 2 + 4
+    assert sum(hashed) == BLOCK_BYTES * (4 + 2 * (stored + loaded + compared))  # the first write, and two visits
+
+    reads = os.preadv
+
+    def corrupts(fd, buffers, offset):
+        count = reads(fd, buffers, offset)
+        if count == BLOCK_BYTES:
+            memoryview(buffers[0]).cast("B")[7] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", corrupts)
+    with pytest.raises(LoadError, match="checksum"):
+        measure_io([str(tmp_path)], tiny(verify=("checksum",)))
+
+
+def test_the_cost_is_the_median_of_the_ratios_of_single_rounds(no_fio, tmp_path, monkeypatch):
+    seen = []
+
+    def visit(self):
+        seen.append(self.verify)
+        seconds, cpu_seconds = (2.0, 0.03) if self.verify == "checksum" else (1.0, 0.02)
+        both = len(seen) + len(seen) % 2  # the machine gets slower from round to round, for both sides
+        return {direction: Sample(GIB, seconds * both, cpu_seconds * both) for direction in DIRECTIONS}
+
+    monkeypatch.setattr(Ours, "visit", visit)
+    report = measure_io([str(tmp_path)], tiny(rounds=3, verify=("off", "checksum")))
+    assert seen == ["checksum", "off", "off", "checksum"] * 2
+    plain, checked = report.places[0].rows
+    for direction in DIRECTIONS:
+        assert plain.figures[direction].share_of_unverified is None
+        assert checked.figures[direction].share_of_unverified == pytest.approx(0.5)
+        assert checked.figures[direction].cpu_over_unverified == pytest.approx(1.5)
+
+
+def test_a_round_in_which_the_clock_of_cpu_time_stood_still_does_not_count(no_fio, tmp_path, monkeypatch):
+    def visit(self):
+        return {direction: Sample(GIB, 1.0, 0.0) for direction in DIRECTIONS}
+
+    monkeypatch.setattr(Ours, "visit", visit)
+    report = measure_io([str(tmp_path)], tiny(verify=("off", "checksum")))
+    assert report.places[0].rows[1].figures["write"].cpu_over_unverified is None
+    assert "write 1.00x / -" in run(tmp_path, *SMALL).stdout
+
+
+def test_the_files_of_both_are_counted_before_anything_is_written(no_fio, tmp_path, monkeypatch):
+    real = io.probe_directory
+    room_bytes = int(1.5 * 4 * BLOCK_BYTES)
+    monkeypatch.setattr(io, "probe_directory", lambda path: dataclasses.replace(real(path), free_bytes=room_bytes))
+    measure_io([str(tmp_path)], tiny())
+    with pytest.raises(CapacityError, match=r"512\.0 KiB for the files of all engines"):
+        measure_io([str(tmp_path)], tiny(verify=("off", "checksum")))
 
 
 # --- when something fails
