@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, Storage
 from ssdtrain_plugin.storage.base import Extent, Rates, Tier
 from ssdtrain_plugin.storage.extents import round_up
 from ssdtrain_plugin.storage.memory import BLOCK_ALIGNMENT, HostArena
+from ssdtrain_plugin.storage.memory_limit import available_host_bytes
 from ssdtrain_plugin.storage.tally import Tally
 from ssdtrain_plugin.streams import DeviceEvent, Streams
 from ssdtrain_plugin.units import MIB, format_bytes
@@ -29,15 +30,19 @@ class HostTier(Tier):
     Args:
         host_bytes: Bound on the memory mapped, and so pinned.
         streams: Copy between device and host memory, and pin.
+        available: Bytes that the process may still take, on the machine and in its control
+            groups. Asked before more is mapped: what was free at the start may be gone.
     """
 
     name = "host"
 
-    def __init__(self, host_bytes: int, *, streams: Streams) -> None:
+    def __init__(
+        self, host_bytes: int, *, streams: Streams, available: Callable[[], int] = available_host_bytes
+    ) -> None:
         """Map nothing yet."""
         self._host_bytes = host_bytes
         self._streams = streams
-        self._arena = HostArena(streams, slab_bytes=_SLAB_BYTES, limit_bytes=host_bytes)
+        self._arena = HostArena(streams, slab_bytes=_SLAB_BYTES, limit_bytes=host_bytes, available=available)
         self._blocks: dict[int, tuple[Extent, Tensor]] = {}
         self._used_bytes = 0
         self._lock = threading.RLock()
@@ -53,9 +58,11 @@ class HostTier(Tier):
 
     @property
     def free_bytes(self) -> int:
-        """Bytes left of the budget, not necessarily in one piece."""
+        """Bytes left of the budget, or of what is mapped while the system has no more; not necessarily in one piece."""
         with self._lock:
-            return 0 if self._is_closed else self._host_bytes - self._used_bytes
+            bound_bytes = self._arena.bound_bytes
+            bound_bytes = self._host_bytes if bound_bytes is None else min(self._host_bytes, bound_bytes)
+            return 0 if self._is_closed else max(bound_bytes - self._used_bytes, 0)
 
     def describe(self) -> str:
         """Name the budget in one line."""
@@ -69,7 +76,7 @@ class HostTier(Tier):
             try:
                 block = self._arena.tensor(nbytes)
             except CapacityError as error:
-                left_bytes = self._host_bytes - self._used_bytes
+                left_bytes = self.free_bytes
                 pieces = "in pieces, " if left_bytes >= nbytes else ""
                 reason = f"{format_bytes(left_bytes)} left {pieces}of {format_bytes(self._host_bytes)}"
                 raise self._no_room(nbytes, reason, error.errno) from error

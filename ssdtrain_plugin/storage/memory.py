@@ -13,6 +13,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ BLOCK_ALIGNMENT = 4096
 """Blocks start at, and reach to, multiples of this many bytes."""
 
 _HUGE_PAGE_BYTES = 2 * MIB
+# Left of what the process may still take: a process at the limit of its control group is killed, not refused.
+_SPARE_BYTES = 256 * MIB
 
 
 @lru_cache(maxsize=1024)
@@ -99,16 +102,27 @@ class HostArena:
         slab_bytes: Memory is mapped in pieces of this size, or of one block if that is
             larger. A block never spans two slabs.
         limit_bytes: Bound on the memory mapped, or None.
+        available: Bytes that the process may still take, asked before more is mapped; or
+            None. A part of them is left alone, see :data:`_SPARE_BYTES`.
 
     Threads:
         Any.
     """
 
-    def __init__(self, streams: Streams, *, slab_bytes: int = 64 * MIB, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        *,
+        slab_bytes: int = 64 * MIB,
+        limit_bytes: int | None = None,
+        available: Callable[[], int] | None = None,
+    ) -> None:
         """Map nothing yet."""
         self._streams = streams
         self._slab_bytes = round_up(max(slab_bytes, 1), BLOCK_ALIGNMENT)
         self._limit_bytes = limit_bytes
+        self._available = available
+        self._is_out = False  # not asked again before the next trim: each answer reads files
         # Reentrant: a collection inside a locked region may run the finalizer that closes the arena.
         self._lock = threading.RLock()
         self._slabs: list[_Slab] = []
@@ -119,6 +133,7 @@ class HostArena:
         self._peak_bytes = 0
         self._is_closed = False
         self._has_warned = False
+        self._has_warned_of_memory = False
 
     @property
     def used_bytes(self) -> int:
@@ -133,6 +148,12 @@ class HostArena:
         with self._lock:
             return self._reserved_bytes
 
+    @property
+    def bound_bytes(self) -> int | None:
+        """Bytes that may be mapped: ``limit_bytes``, or what there is while the system has no more; None: no bound."""
+        with self._lock:
+            return self._reserved_bytes if self._is_out else self._limit_bytes
+
     def tensor(self, nbytes: int) -> Tensor:
         """Give a tensor on a block of its own. Its values are not initialised.
 
@@ -145,7 +166,7 @@ class HostArena:
             to the next multiple belongs to the block too; see :meth:`is_block`.
 
         Raises:
-            CapacityError: ``limit_bytes`` would be exceeded, or the system has no memory.
+            CapacityError: ``limit_bytes`` would be exceeded, or the system, or a control group, has no memory.
             StateError: The arena is closed.
             ValueError: ``nbytes`` is not positive.
         """
@@ -186,6 +207,7 @@ class HostArena:
         """
         with self._lock:
             self._drain()
+            self._is_out = False
             peak_bytes, self._peak_bytes = self._peak_bytes, self._used_bytes
             return self._trim(peak_bytes)
 
@@ -242,6 +264,8 @@ class HostArena:
                     hint="raise `host_bytes`",
                 )
             slab_bytes = min(slab_bytes, left_bytes)
+        if self._available is not None:
+            slab_bytes = min(slab_bytes, self._room_for(nbytes, need_bytes))
         try:
             slab = _Slab(slab_bytes)
         except OSError as error:
@@ -255,6 +279,32 @@ class HostArena:
         self._slabs.append(slab)
         self._reserved_bytes += slab.nbytes
         return slab
+
+    def _room_for(self, nbytes: int, need_bytes: int) -> int:
+        """Ask how much may be mapped without getting the process killed.
+
+        Raises:
+            CapacityError: Less than is needed; without an error number, as for a budget that is used up.
+        """
+        left_bytes = 0 if self._is_out or self._available is None else self._available()
+        # Pages count when they are touched, and the process grows meanwhile: half is left to it.
+        room_bytes = round_down(max(left_bytes - _SPARE_BYTES, 0) // 2, BLOCK_ALIGNMENT)
+        if room_bytes >= need_bytes:
+            return room_bytes
+        if not self._is_out and not self._has_warned_of_memory:
+            self._has_warned_of_memory = True
+            logger.warning(
+                "host memory is short: %s left on this machine or in the control group; host memory takes no more than "
+                "the %s that it has. hint: lower `host_bytes`, or raise the memory limit of the job",
+                format_bytes(left_bytes),
+                format_bytes(self._reserved_bytes),
+            )
+        self._is_out = True
+        raise CapacityError(
+            f"cannot reserve host memory: {format_bytes(nbytes)} (too little left for the process)",
+            nbytes=nbytes,
+            hint="lower `host_bytes`, or raise the memory limit of the job",
+        )
 
     def _trim(self, keep_bytes: int) -> int:
         before_bytes = self._reserved_bytes

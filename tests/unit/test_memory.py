@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from ssdtrain_plugin.errors import CapacityError, StateError
+from ssdtrain_plugin.storage.host import HostTier
+from ssdtrain_plugin.storage.memory import _SPARE_BYTES as SPARE_BYTES
 from ssdtrain_plugin.storage.memory import BLOCK_ALIGNMENT, HostArena, memory_at
 from ssdtrain_plugin.streams import CpuStreams
 from ssdtrain_plugin.units import MIB
@@ -104,6 +106,61 @@ def test_the_limit_bounds_what_is_mapped():
     third = arena.tensor(2 * MIB)
     assert arena.reserved_bytes <= 6 * MIB
     assert len({second.data_ptr(), third.data_ptr()}) == 2
+
+
+def test_no_more_is_mapped_than_the_process_may_still_take(caplog):
+    """Half of what is left beyond a reserve; a refusal is said once, and holds until the next trim."""
+    left = [SPARE_BYTES + 20 * MIB]
+    asked = []
+
+    def available():
+        asked.append(left[0])
+        return left[0]
+
+    arena = HostArena(CpuStreams(), slab_bytes=64 * MIB, limit_bytes=512 * MIB, available=available)
+    assert arena.bound_bytes == 512 * MIB
+    first = arena.tensor(4 * MIB)
+    assert arena.reserved_bytes == 10 * MIB
+    left[0] = SPARE_BYTES + 2 * MIB - 2
+    second = arena.tensor(4 * MIB)  # from what is mapped: nobody asks
+    assert len(asked) == 1
+    for _ in range(3):
+        with pytest.raises(CapacityError, match="too little left for the process") as caught:
+            arena.tensor(4 * MIB)
+        assert caught.value.errno is None, "a budget that is used up, not a tier that failed"
+    assert len(asked) == 2
+    assert arena.bound_bytes == 10 * MIB
+    del first
+    first = arena.tensor(4 * MIB)  # what it has is used again
+    assert len(caplog.messages) == 1
+    assert "host memory is short: 258.0 MiB left" in caplog.text
+
+    left[0] = 1 << 40
+    arena.trim()
+    assert arena.bound_bytes == 512 * MIB
+    third = arena.tensor(4 * MIB)
+    assert arena.reserved_bytes == (10 + 64) * MIB
+    assert {first.numel(), second.numel(), third.numel()} == {4 * MIB}
+    left[0] = 0
+    with pytest.raises(CapacityError):
+        arena.tensor(65 * MIB)
+    assert len(caplog.messages) == 1
+    arena.close()
+
+
+def test_a_host_tier_has_as_much_free_as_it_could_give_while_memory_is_short():
+    """Else a policy would go on to ask for what is not there."""
+    left = [SPARE_BYTES + 16 * MIB]
+    tier = HostTier(512 * MIB, streams=CpuStreams(), available=lambda: left[0])
+    assert tier.free_bytes == 512 * MIB
+    extent = tier.allocate(6 * MIB)
+    left[0] = 0
+    with pytest.raises(CapacityError, match=r"2\.0 MiB left of 512\.0 MiB"):
+        tier.allocate(4 * MIB)
+    assert tier.free_bytes == 2 * MIB
+    tier.free(extent)
+    assert tier.free_bytes == 8 * MIB
+    tier.close()
 
 
 def test_free_slabs_make_room_for_a_larger_one_under_a_limit():
