@@ -44,11 +44,12 @@ BAD = frozenset({Outcome.SILENT, Outcome.HANG, Outcome.ABORT, Outcome.OTHER, Out
 
 
 class Place(enum.Enum):
-    """What the directory of the extent file is."""
+    """What the directory of the extent file is, and what is around the job."""
 
     DIRECTORY = "a directory"
     SMALL = "a loop-mounted ext4"
     THIN = "a loop-mounted ext4 whose backing file cannot grow"
+    GROUP = "a directory; a control group is there to go into"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,12 @@ class FaultCase:
     @property
     def needs_mount(self) -> bool:
         """Only root can run it, where there are loop devices."""
-        return self.place is not Place.DIRECTORY
+        return self.place in (Place.SMALL, Place.THIN)
+
+    @property
+    def needs_group(self) -> bool:
+        """It can be run only where control groups can be made."""
+        return self.place is Place.GROUP
 
 
 _ERRORS = ("EIO", "ENOSPC", "EINTR", "EAGAIN", "EACCES")
@@ -107,6 +113,7 @@ _LOUD = (("short", "SHORT"), *((name, name) for name in _ERRORS))
 _SILENT = (("flipped bit", "FLIPPED_BIT"), ("torn block", "TORN_BLOCK"), ("stale extent", "STALE"))
 _ONE_THREAD = (("io_threads", 1), ("prefetch_bytes", 4096))  # so that the next attempt is the next call
 _CHECKED = (("verify", "checksum"),)
+_HOST = (("host_bytes", "512 MiB"),)  # more than the limit of the control group
 _IMPATIENT = (("io_timeout_seconds", 0.2),)
 _EVERY = "every call"
 _SEVENTH = "every 7th call"
@@ -167,6 +174,15 @@ def _real() -> list[FaultCase]:
         FaultCase("RLIMIT_FSIZE", "store", "64 KiB from step 1 on", Outcome.KEPT, "RLIMIT_FSIZE"),
         FaultCase("RLIMIT_NOFILE", "both", "no more files from step 1 on", Outcome.UNTOUCHED, "RLIMIT_NOFILE"),
         FaultCase("RLIMIT_NOFILE", "both", "no more files before the start", Outcome.REFUSED, "no files"),
+        # The ranks of a pipeline would share the group, and one of them says it all.
+        FaultCase(
+            "cgroup memory limit", "store", "the limit falls before step 0; little disk", Outcome.KEPT, "group",
+            first_step=0, place=Place.GROUP, options=(*_HOST, ("disk_bytes", "128 KiB")), hosts=(PLAIN,),
+        ),
+        FaultCase(
+            "cgroup memory limit", "both", "below `host_bytes` at the start", Outcome.REFUSED, "small group",
+            place=Place.GROUP, options=_HOST, hosts=(PLAIN,),
+        ),
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ their loop devices go with its last process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from control_groups import ControlGroup, control_group, group_problem
 from fault_cases import END_STEP, NUM_STEPS, PLAIN, FaultCase, Outcome, Place
 from job_processes import ROOT, Finished, launcher, run_processes
 
@@ -29,6 +31,8 @@ __all__ = ["Ended", "Job", "Row", "judge", "loop_devices", "mount_problem", "run
 WORKER = ROOT / "tests" / "faults" / "fault_worker.py"
 _SMALL_BYTES = 96 << 20  # sparse; a directory with less than 64 MiB is refused
 _THIN_BYTES = 6 << 20
+# What a host tier leaves to the process (`storage.memory`): it gets nothing, and the job has enough to go on.
+_GROUP_BYTES = 256 << 20
 _LIMIT_SECONDS = 120.0
 _SECONDS_A_CASE = 20.0
 _SETTLED_SECONDS = 30.0  # a job that takes longer to end hangs, whatever it does in the end
@@ -119,7 +123,7 @@ class Job:
         self.host, self.place, self.cases = host, place, cases
         self.directory = Path(tempfile.mkdtemp(dir=work))
         self.mount, self.outer = self.directory / "mount", self.directory / "outer"
-        self.drive = self.directory / "drive" if place is Place.DIRECTORY else self.mount / "drive"
+        self.drive = (self.mount if place in (Place.SMALL, Place.THIN) else self.directory) / "drive"
         self.image = (self.outer if place is Place.THIN else self.directory) / "image"
         self.results = self.directory / "results"
 
@@ -127,15 +131,22 @@ class Job:
         """Run all cases in one set of processes."""
         for folder in (self.results, self.directory / "drive", self.mount, self.outer):
             folder.mkdir()
+        with control_group(_GROUP_BYTES) if self.place is Place.GROUP else contextlib.nullcontext() as group:
+            ended = self._run(group)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return ended
+
+    def _run(self, group: ControlGroup | None) -> Ended:
         request = self.directory / "request.json"
         names = {"host": self.host, "cases": [case.name for case in self.cases]}
         paths = {name: str(getattr(self, name)) for name in ("drive", "mount", "outer", "image", "results")}
-        request.write_text(json.dumps(names | paths), encoding="utf-8")
+        places = {} if group is None else {"group": str(group.folder), "home": str(group.home)}
+        request.write_text(json.dumps(names | paths | places), encoding="utf-8")
         command = self.mounted(self._command(request))
         limit_seconds = _LIMIT_SECONDS + _SECONDS_A_CASE * len(self.cases)
         log = self.directory / "log"
         finished = run_processes(command, log, limit_seconds=limit_seconds)
-        ended = Ended(
+        return Ended(
             finished.code,
             finished.at,
             log.read_text(errors="replace"),
@@ -143,8 +154,6 @@ class Job:
             list(_events(self.results)),
             self._leftovers(finished),
         )
-        shutil.rmtree(self.directory, ignore_errors=True)
-        return ended
 
     def _command(self, request: Path) -> list[str]:
         if self.host == PLAIN:
@@ -157,7 +166,7 @@ class Job:
         Args:
             command: Program and arguments.
         """
-        if self.place is Place.DIRECTORY:
+        if self.place not in (Place.SMALL, Place.THIN):
             return command
         if self.place is Place.SMALL:
             _make_file_system(self.image)
@@ -360,10 +369,16 @@ def run_cases(cases: Sequence[FaultCase], host: str, work: Path) -> Iterator[Row
         host: ``PLAIN`` or ``PIPELINE``.
         work: A directory on a drive, for all files; what is made in it is removed.
     """
-    problem = mount_problem(work) if any(case.needs_mount for case in cases) else None
+    problems = {
+        "mount": mount_problem(work) if any(case.needs_mount for case in cases) else None,
+        "group": group_problem() if any(case.needs_group for case in cases) else None,
+    }
     survivors: dict[Place, list[FaultCase]] = {}
+    left_out: list[FaultCase] = []
     for case in cases:
-        if case.needs_mount and problem is not None:
+        problem = problems["mount"] if case.needs_mount else problems["group"] if case.needs_group else None
+        if problem is not None:
+            left_out.append(case)
             yield Row(case, host, None, f"not run: {problem}")
         elif not case.ends_the_job:
             survivors.setdefault(case.place, []).append(case)
@@ -371,5 +386,5 @@ def run_cases(cases: Sequence[FaultCase], host: str, work: Path) -> Iterator[Row
         ended = Job(work, host, place, together).run()
         yield from (judge(case, host, ended) for case in together)
     for case in cases:
-        if case.ends_the_job and not (case.needs_mount and problem is not None):
+        if case.ends_the_job and case not in left_out:
             yield judge(case, host, Job(work, host, case.place, [case]).run())

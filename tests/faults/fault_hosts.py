@@ -87,8 +87,8 @@ class Real:
         self.num_injected = 0
 
     def before_attach(self):
-        if self._kind == "no files":
-            self._do(_limit_files)
+        if self._kind in _BEFORE:
+            self._do(_BEFORE[self._kind])
 
     def begin(self):
         if self._is_concerned and self._kind in _ACTIONS:
@@ -145,7 +145,16 @@ def _limit_files(request, undo):
     _limit(resource.RLIMIT_NOFILE, fd, undo)
 
 
+def _enter_group(request, undo):
+    """What is allocated from now on counts there."""
+    pid = str(os.getpid())
+    Path(request["group"], "cgroup.procs").write_text(pid)
+    undo.callback(Path(request["home"], "cgroup.procs").write_text, pid)
+
+
+_BEFORE = {"no files": _limit_files, "small group": _enter_group}
 _ACTIONS = {
+    "group": _enter_group,
     "full": _fill_drive,
     "thin": _fill_behind,
     "deleted": _delete,

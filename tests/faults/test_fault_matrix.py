@@ -22,6 +22,10 @@ SURVIVED = (
     "RLIMIT_FSIZE, store, 64 KiB from step 1 on",
     "file system full, store, a small ext4 fills",
 )
+IN_A_GROUP = (
+    "cgroup memory limit, store, the limit falls before step 0; little disk",
+    "cgroup memory limit, both, below `host_bytes` at the start",
+)
 ENDED = (
     "drive loses its bytes, load, the file behind a loop device is truncated",
     "RLIMIT_NOFILE, both, no more files before the start",
@@ -42,10 +46,10 @@ def rows_of(names, host, directory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return rows_of(SURVIVED + ENDED, PLAIN, tmp_path_factory.mktemp("plain"))
+    return rows_of(SURVIVED + IN_A_GROUP + ENDED, PLAIN, tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("name", SURVIVED + ENDED)
+@pytest.mark.parametrize("name", SURVIVED + IN_A_GROUP + ENDED)
 def test_an_attached_model_under_a_fault(plain, name):
     row = plain[name]
     if row.outcome is None:
