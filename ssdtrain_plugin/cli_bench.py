@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,10 +22,7 @@ from rich.table import Table
 
 from ssdtrain_plugin.cli_errors import in_directory
 from ssdtrain_plugin.documents import parse_yaml, shown
-from ssdtrain_plugin.units import KIB, LARGEST_BYTES, format_bytes, format_rate, parse_bytes
-
-if TYPE_CHECKING:
-    from ssdtrain_plugin.bench.io import IoReport, Place, Row
+from ssdtrain_plugin.units import KIB, LARGEST_BYTES, format_bytes, parse_bytes
 
 __all__ = ["bench", "size_in_bytes"]
 
@@ -120,6 +117,7 @@ def bench_io(  # noqa: PLR0913 - an option each
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} (expected off or checksum)", param_hint="--verify")
     from ssdtrain_plugin.bench.io import IoOptions, measure_io  # torch
+    from ssdtrain_plugin.bench.io_report import print_report
     from ssdtrain_plugin.bench.io_sides import VERIFY
 
     options = IoOptions(size_bytes, block_bytes, threads, rounds, engines, throttles, tuple(verify or VERIFY))
@@ -140,85 +138,7 @@ def bench_io(  # noqa: PLR0913 - an option each
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        _print_io(Console(highlight=False), report)
-
-
-def _print_io(console: Console, report: IoReport) -> None:
-    """Print a table a place, then what is worth knowing."""
-    console.print(
-        f"{format_bytes(report.size_bytes)} a pass in blocks of {format_bytes(report.block_bytes)}, {report.threads} "
-        f"at once; medians of {report.rounds} interleaved rounds; fio: {report.fio or 'none'}\n",
-        soft_wrap=True,
-    )
-    for place in report.places:
-        console.print(escape(_title(place)), style="bold", soft_wrap=True)
-        table = Table(box=None, pad_edge=False)
-        for name in ("", "by", "median", "lowest", "highest", "of fio", "CPU/GiB"):
-            table.add_column(name, justify="left" if name in ("", "by") else "right", no_wrap=True)
-        is_striped = len(place.paths) > 1
-        if is_striped:
-            table.add_column("of the sum", justify="right")
-        for cells in _io_rows(place.rows, is_striped=is_striped):
-            table.add_row(*cells)
-        console.print(table)
-        for cost in _costs_of_checksums(place.rows):
-            console.print(cost, soft_wrap=True)
-        console.print()
-    for remark in report.remarks:
-        console.print(f"note: {escape(remark)}", soft_wrap=True)
-
-
-def _title(place: Place) -> str:
-    names = [
-        path if throttle is None else f"{path} (throttled to {format_rate(throttle)})"
-        for path, throttle in zip(place.paths, place.throttles, strict=True)
-    ]
-    return names[0] if len(names) == 1 else f"all together: {', '.join(names)}"
-
-
-def _costs_of_checksums(rows: tuple[Row, ...]) -> list[str]:
-    """Say what ``verify: checksum`` costs, a line for each engine that was measured with and without."""
-    lines = []
-    for row in rows:
-        costs = [
-            f"{direction} {_ratio(figure.share_of_unverified)} / {_ratio(figure.cpu_over_unverified)}"
-            for direction, figure in row.figures.items()
-            if figure.share_of_unverified is not None
-        ]
-        if costs:
-            lines.append(f"verify: checksum, {row.method}: throughput / CPU time over verify: off: {', '.join(costs)}")
-    return lines
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
-
-
-def _side(row: Row) -> str:
-    return row.method if row.verify == "off" else f"{row.method}, {row.verify}"
-
-
-def _io_rows(rows: tuple[Row, ...], *, is_striped: bool) -> list[list[str]]:
-    """Turn the sides at one place into cells, all sides of one direction below each other."""
-    cells = [
-        ["first write", _side(row), format_rate(row.first_write_bytes_per_second)]
-        for row in rows
-        if row.first_write_bytes_per_second is not None
-    ]
-    for direction in rows[0].figures:
-        for row in rows:
-            figure = row.figures[direction]
-            rates = figure.bytes_per_second_by_round
-            cells.append(
-                [direction, _side(row), *map(format_rate, (figure.bytes_per_second, min(rates), max(rates)))]
-                + [_percent(figure.share_of_fio), f"{figure.cpu_milliseconds_per_gib:.1f} ms"]
-                + ([_percent(figure.share_of_sum)] if is_striped else [])
-            )
-    return cells
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+        print_report(Console(highlight=False), report)
 
 
 @bench.command("step")

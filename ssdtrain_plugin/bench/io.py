@@ -27,7 +27,7 @@ import contextlib
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from ssdtrain_plugin.bench.fio import FioError, FioJob, Sample, find_fio, with_working_engine
+from ssdtrain_plugin.bench.io_report import Figure, IoReport, Place, Row
 from ssdtrain_plugin.bench.io_sides import DIRECTIONS, Buffers, Fio, IoOptions, Ours
 from ssdtrain_plugin.config import OffloadConfig
 from ssdtrain_plugin.errors import CapacityError, StorageError
@@ -49,7 +50,7 @@ from ssdtrain_plugin.streams import create_streams
 from ssdtrain_plugin.transfer import TransferQueue
 from ssdtrain_plugin.units import KIB, format_bytes, format_rate
 
-__all__ = ["Figure", "IoOptions", "IoReport", "Place", "Row", "measure_io"]
+__all__ = ["IoOptions", "measure_io"]
 
 _CPU = torch.device("cpu")
 _HUGE_SHARE = 0.9  # a buffer's ends may lie on ordinary pages
@@ -57,94 +58,6 @@ _LARGEST_SHARE = 0.95  # of the free space
 
 Progress = Callable[[str, int, int], None]
 """Called with what comes next, the visits done and the visits in all; never while something is timed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One direction of one side.
-
-    Attributes:
-        bytes_per_second: Median of the rounds.
-        cpu_milliseconds_per_gib: Median of the rounds; user and system time.
-        bytes_per_second_by_round: In order.
-        cpu_milliseconds_per_gib_by_round: In order.
-        share_of_fio: ``bytes_per_second`` over fio's, or None.
-        median_share_of_fio: Median of the shares of single rounds: what both suffer from
-            the machine falls out; or None.
-        share_of_sum: Of several paths together: ``bytes_per_second`` over the sum of
-            each path's alone, by the same side; or None.
-        share_of_unverified: With ``verify: checksum``: median of the shares of single
-            rounds, throughput over that of the same engine with ``verify: off``; else None.
-        cpu_over_unverified: The same of CPU time a GiB: above 1 is what checksums cost.
-    """
-
-    bytes_per_second: float
-    cpu_milliseconds_per_gib: float
-    bytes_per_second_by_round: tuple[float, ...]
-    cpu_milliseconds_per_gib_by_round: tuple[float, ...]
-    share_of_fio: float | None
-    median_share_of_fio: float | None
-    share_of_sum: float | None
-    share_of_unverified: float | None
-    cpu_over_unverified: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One side at one place.
-
-    Attributes:
-        method: An engine of ours, or ``fio``.
-        verify: As in the option of that name; ``off`` for fio.
-        how: Where the bytes went and how, in one line.
-        first_write_bytes_per_second: Into space that was allocated and never written; None
-            for fio and for several paths together, which come later.
-        figures: By direction.
-    """
-
-    method: str
-    verify: str
-    how: str
-    first_write_bytes_per_second: float | None
-    figures: Mapping[str, Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One path, or several striped.
-
-    Attributes:
-        paths: As given.
-        throttles: Bytes a second of each, or None.
-        rows: Each engine in the order asked for, with each ``verify``, followed by fio on the file of the first.
-    """
-
-    paths: tuple[str, ...]
-    throttles: tuple[int | None, ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class IoReport:
-    """What was measured.
-
-    Attributes:
-        size_bytes: Bytes of one pass.
-        block_bytes: Bytes of one transfer.
-        threads: Transfers at once, per drive and direction.
-        rounds: That count.
-        fio: Version and engine, or None if it was not used.
-        remarks: What is worth knowing, one sentence each.
-        places: Each path, then all of them.
-    """
-
-    size_bytes: int
-    block_bytes: int
-    threads: int
-    rounds: int
-    fio: str | None
-    remarks: tuple[str, ...]
-    places: tuple[Place, ...]
 
 
 def measure_io(paths: Sequence[str], options: IoOptions, progress: Progress | None = None) -> IoReport:
