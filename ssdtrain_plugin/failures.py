@@ -11,7 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from ssdtrain_plugin.errors import CapacityError, StorageError
+from ssdtrain_plugin.errors import CapacityError, LoadError, StorageError, StoreError
 from ssdtrain_plugin.policy.base import TierHealth
 
 __all__ = ["FailureLog"]
@@ -96,12 +96,13 @@ class FailureLog:
 
         Args:
             tier_name: Of the tier.
-            error: Of the first attempt, or drive.
+            error: Of the first attempt, or drive. What is of no transfer has moved no bytes, and needs none moved.
             counts: Failures of this step by cause; one is added.
         """
-        outcome = f"another attempt, or another drive, has moved the bytes, {_HARMLESS}"
+        is_transfer = isinstance(error, StoreError | LoadError | CapacityError)
+        outcome = "another attempt, or another drive, has moved the bytes" if is_transfer else "no bytes are lost"
         # Without the hint, which says what to do when the bytes are lost.
-        self._count(_place(_cause(tier_name, error)[0], error), error.message, outcome, counts)
+        self._count(_place(_cause(tier_name, error)[0], error), error.message, f"{outcome}, {_HARMLESS}", counts)
 
     def unread(self, tier_name: str, what: str, error: BaseException, counts: Counter[str]) -> None:
         """Note that bytes were not brought back; whether they are lost is for backward to find out.

@@ -42,8 +42,9 @@ class StepStats:
         forward_seconds: Host time in forward passes.
         backward_seconds: Host time in backward passes.
         failures: What went wrong, by cause: failed or refused stores, failed loads and
-            promotions, and attempts that another one made good, as often as each happened; and
-            once a step each tier that was passed over (left alone, or at its daily limit).
+            promotions, attempts that another one made good, and space that a drive did not take
+            back, as often as each happened; and once a step each tier that was passed over
+            (left alone, or at its daily limit).
         plan: The policy's decision in one line.
     """
 

@@ -195,10 +195,11 @@ class Tier(ABC):
         """Bytes that :meth:`allocate` may still give, as far as the budget says."""
 
     def take_survived(self) -> list[StorageError]:
-        """Take the failures, since the last call, that the tier has made good by itself.
+        """Take the failures, since the last call, that the tier has made good by itself, or that cost nothing.
 
-        A tier of several drives stores elsewhere what one of them refused; whoever
-        keeps count of failures asks here. Called after each store.
+        A tier of several drives stores elsewhere what one of them refused, and space that a
+        drive does not take back is used on; whoever keeps count of failures asks here.
+        Called after each store.
         """
         return []
 
@@ -209,7 +210,8 @@ class Tier(ABC):
     def trim(self) -> None:
         """Give back to the system what has not been needed since the last call.
 
-        Called now and then between steps: sequence lengths fall, evaluation ends.
+        Called now and then between steps: sequence lengths fall, evaluation ends. Never
+        raises: what the system does not take is kept, see :meth:`take_survived`.
         """
         return None
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ssdtrain_plugin.errors import CapacityError, LoadError, StateError, StorageError, StoreError
+from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.storage.base import Engine, Extent, Rates, Tier
 from ssdtrain_plugin.storage.checksums import Checksums, Digest
 from ssdtrain_plugin.storage.eraser import Eraser
@@ -219,7 +220,7 @@ class DriveTier(Tier):
             self._eraser.free(extent)
 
     def take_survived(self) -> list[StorageError]:
-        """Take the failures after which another attempt went well; see :meth:`Tier.take_survived`."""
+        """Take the failures of no consequence, and those made good; see :meth:`Tier.take_survived`."""
         return [self._survived.popleft() for _ in range(len(self._survived))]
 
     def take_rates(self) -> Rates:
@@ -230,7 +231,10 @@ class DriveTier(Tier):
         """Give back space that was not in use for long, and note down what was written; see :meth:`Tier.trim`."""
         if self._meter is not None:
             self._meter.flush()
-        self._file.trim()
+        try:
+            self._file.trim()
+        except StorageError as error:
+            self._survived.append(without_frames(error))
 
     def close(self) -> None:
         """Let the file and its space go, at once or with the end of the last transfer; never waits."""
@@ -402,7 +406,7 @@ class DriveTier(Tier):
         is_store = kind is StoreError
         outcome = "the tensor stays in memory" if is_store else "the bytes are lost: resume from a checkpoint"
         if error_number in FULL:
-            reason = f"{reason}, {format_bytes(self._file.drive_free_bytes())} free"
+            reason = f"{reason}, {self._file.free_words()}"
         return kind(
             f"cannot {'store' if is_store else 'load'} activation: {format_bytes(extent.nbytes)} "
             f"{'to' if is_store else 'from'} `{self._path}` at {offset} ({reason})",

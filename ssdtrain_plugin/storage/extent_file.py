@@ -166,6 +166,9 @@ class ExtentFile:
 
         Returns:
             Bytes given back.
+
+        Raises:
+            StorageError: The drive did not take them. The file is as it was, and its space is used on.
         """
         with self._growing, self._lock:
             peak_bytes, self._peak_bytes = self._peak_bytes, self._allocator.high_water_bytes
@@ -173,7 +176,17 @@ class ExtentFile:
             surplus_bytes = self._file_bytes - keep_bytes
             if self._is_closed or surplus_bytes < _GROWTH_BYTES:
                 return 0
-            os.ftruncate(self.fd, keep_bytes)
+            try:
+                os.ftruncate(self.fd, keep_bytes)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot give space back: {format_bytes(surplus_bytes)} to the drive of `{self.path}` "
+                    f"({error.strerror or error})",
+                    errno=error.errno,
+                    path=self.path,
+                    nbytes=surplus_bytes,
+                    hint="look for drive errors in `dmesg`; the space is used on meanwhile",
+                ) from error
             self._file_bytes = keep_bytes
             return surplus_bytes
 
@@ -195,8 +208,19 @@ class ExtentFile:
         with self._lock:
             return self._is_closed and self._num_active == 0
 
+    def free_words(self) -> str:
+        """Say how much the file system has free, for messages about errors; it may fail as they did."""
+        try:
+            return f"{format_bytes(self.drive_free_bytes())} free"
+        except OSError as error:
+            return f"free space unknown: {error.strerror or error}"
+
     def drive_free_bytes(self) -> int:
-        """Ask the file system how much is free for this user."""
+        """Ask the file system how much is free for this user.
+
+        Raises:
+            OSError: It does not say.
+        """
         space = os.statvfs(self.path) if self._is_closed else os.fstatvfs(self.fd)
         return space.f_bavail * space.f_frsize
 
@@ -228,10 +252,10 @@ class ExtentFile:
             reason = f"{format_bytes(left_bytes)} left {pieces}of {format_bytes(self.limit_bytes)}"
             raise self._no_room(nbytes, reason, None, "raise `disk_bytes` or lower `offload_fraction`")
         step_bytes = min(max(need_bytes, self._file_bytes + _GROWTH_BYTES), self.limit_bytes)
-        if step_bytes - self._file_bytes > self.drive_free_bytes():
-            # A call that fails has held all that was left for a moment, and another rank's store fails of it.
-            step_bytes = need_bytes
         try:
+            if step_bytes - self._file_bytes > self.drive_free_bytes():
+                # A call that fails has held all that was left for a moment, and another rank's store fails of it.
+                step_bytes = need_bytes
             self._resize(step_bytes)
         except OSError as error:
             if error.errno not in FULL:
@@ -240,7 +264,7 @@ class ExtentFile:
             try:
                 self._resize(need_bytes)
             except OSError as final:
-                reason = f"{final.strerror or final}, {format_bytes(self.drive_free_bytes())} free"
+                reason = f"{final.strerror or final}, {self.free_words()}"
                 hint = f"lower `offload_fraction` or free space in `{self.path}`"
                 raise self._no_room(nbytes, reason, final.errno, hint) from final
 
