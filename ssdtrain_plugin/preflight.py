@@ -11,7 +11,7 @@ from ssdtrain_plugin.config import OffloadConfig, expand_path
 from ssdtrain_plugin.documents import shown
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.storage.memory_limit import available_host_bytes
-from ssdtrain_plugin.storage.probe import directory_problem
+from ssdtrain_plugin.storage.probe import directory_problem, stranger_problem
 from ssdtrain_plugin.units import format_bytes
 
 __all__ = ["check", "expanded", "find_local_rank", "prepare"]
@@ -118,16 +118,18 @@ def _memory_problems(config: OffloadConfig) -> list[str]:
 
 
 def _stats_problem(directory: Path) -> str | None:
-    """Say why no file can be written in a directory that may not exist yet."""
+    """Say why no file can be written, or is safe, in a directory that may not exist yet."""
     try:
         parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+        mode = parent.stat().st_mode
     except OSError as error:
         return f"`{directory}`: {error.strerror} (expected a writable directory)"
     if not parent.is_dir():
         return f"`{directory}`: `{parent}` is a file (expected a directory)"
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"`{directory}`: `{parent}` cannot be written to (expected a writable directory)"
-    return None
+    stranger = stranger_problem(mode)
+    return None if stranger is None else f"`{directory}`: `{parent}` has {stranger}"
 
 
 def prepare(config: OffloadConfig, *, local_rank: int) -> OffloadConfig:

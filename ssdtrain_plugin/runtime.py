@@ -242,15 +242,24 @@ def build(
 
     Raises:
         EnvironmentUnsupportedError: The engine named does not work here.
+        StorageError: A directory has gone, or a file of statistics cannot be opened or is none of ours.
     """
     parts = parts or Parts()
     streams = create_streams(device)
     arena = HostArena(streams)
-    tiers, engine_line = _build_tiers(config, streams, arena, device, parts)
+    with contextlib.ExitStack() as on_failure:
+        # Files that may be refused come before what takes space.
+        writer = None if config.stats_path is None else StatsWriter(config.stats_path, rank)
+        if writer is not None:
+            on_failure.callback(writer.close)
+        trace = _open_trace(config, rank, device)
+        if trace is not None:
+            on_failure.callback(trace.close)
+        tiers, engine_line = _build_tiers(config, streams, arena, device, parts)
+        on_failure.pop_all()
     if Placement.SSD in tiers:
         tiers[Placement.SSD] = parts.wrap_drive(tiers[Placement.SSD])
     policy = parts.policy or _create_policy(config, tiers, lookahead_events)
-    trace = _open_trace(config, rank, device)
     queue = _create_queue(config, parts.clock, trace)
     create_cache: Callable[..., TensorCache] = TensorCache if trace is None else partial(TracedCache, trace)
     cache = create_cache(
@@ -262,7 +271,6 @@ def build(
         prefetch_bytes=config.prefetch_bytes,
         rank=rank,
     )
-    writer = None if config.stats_path is None else StatsWriter(config.stats_path, rank)
     hooks = SavedTensorHooks(cache, checkpointing=config.checkpointing)
     hooks.trace = trace
     offloader = Offloader(

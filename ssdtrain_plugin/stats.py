@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import stat
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +16,8 @@ from typing import IO
 from ssdtrain_plugin.errors import StorageError
 
 __all__ = ["WARM_UP_STEPS", "StatsWriter", "StepCounter", "StepStats", "open_lines"]
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2
 """The first step pays for the extent file and the staging memory; the second shows what the run will be like."""
@@ -110,31 +116,71 @@ class StepCounter:
 def open_lines(path: Path) -> IO[str]:
     """Open a file of statistics for appending, in a directory that is created if it is missing.
 
-    A new file is readable by its owner only, and a link in its place is refused. What is
-    there already is appended to and keeps its mode.
+    Its name can be foreseen, so somebody may have been there first. A new file is readable by its
+    owner only. A file that is there already is appended to and keeps its mode, if it is a regular
+    file of ours that nobody else may change; no link is followed, and nothing is waited for.
 
     Args:
         path: Of the file.
 
     Raises:
-        StorageError: It cannot be opened.
+        StorageError: It cannot be opened, or is none of ours.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    # To be read too, for its last byte. Without O_NONBLOCK a FIFO is opened when its other side is.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)
         fd = os.open(path, flags, 0o600)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(os.close, fd)
+            found = os.fstat(fd)
+            problem = _problem_of(found, path.parent)
+            if problem is not None:
+                raise _cannot_open(path, problem, None)
+            is_cut = found.st_size > 0 and os.pread(fd, 1, found.st_size - 1) != b"\n"
+            on_failure.pop_all()
     except OSError as error:
-        raise StorageError(
-            f"cannot open the statistics: `{path}` ({error.strerror}, expected a file of our own)",
-            errno=error.errno,
-            path=str(path),
-            hint="name another directory in `stats_path`",
-        ) from error
-    return os.fdopen(fd, "a", encoding="utf-8")
+        raise _cannot_open(path, error.strerror or str(error), error.errno) from error
+    file = os.fdopen(fd, "a", encoding="utf-8")
+    if is_cut:
+        file.write("\n")  # a run that was killed, or met a full drive, has left a part of a line
+    return file
+
+
+def _problem_of(found: os.stat_result, directory: Path) -> str | None:
+    """Say what is wrong with a file that is there already, or None."""
+    if not stat.S_ISREG(found.st_mode):
+        return "no regular file"
+    if found.st_uid != os.geteuid() and found.st_uid != _number_in(directory):
+        return f"a file of user {found.st_uid}"
+    if found.st_nlink != 1:
+        return f"a file with {found.st_nlink} names"
+    if found.st_mode & stat.S_IWOTH:
+        return f"mode {stat.S_IMODE(found.st_mode):04o}, every user may change it"
+    return None
+
+
+def _number_in(directory: Path) -> int | None:
+    """Tell whose a file is that we make in a directory: a network file system may call us otherwise."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def _cannot_open(path: Path, problem: str, error_number: int | None) -> StorageError:
+    return StorageError(
+        f"cannot open the statistics: `{path}` ({problem}, expected a regular file of our own, with one name, "
+        "that nobody else may change, or none)",
+        errno=error_number,
+        path=str(path),
+        hint="remove what is there, or name another directory in `stats_path`",
+    )
 
 
 class StatsWriter:
-    """Appends StepStats to ``<directory>/rank<N>.jsonl``, a line a step.
+    """Appends StepStats to ``<directory>/rank<N>.jsonl``, a line a step, until the drive takes no more.
 
     Args:
         directory: Created if it is missing.
@@ -146,20 +192,46 @@ class StatsWriter:
 
     def __init__(self, directory: str, rank: int) -> None:
         """Open the file for appending."""
-        self._file: IO[str] | None = open_lines(Path(directory) / f"rank{rank}.jsonl")
+        self._rank = rank
+        self._path = Path(directory) / f"rank{rank}.jsonl"
+        self._file: IO[str] | None = open_lines(self._path)
 
     def write(self, stats: StepStats) -> None:
-        """Append one line and flush it, so that a killed run keeps its last step.
+        """Append one line and flush it, so that a killed run keeps its last step; a failure ends the file, not the run.
 
         Args:
             stats: The step.
         """
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(stats.to_json() + "\n")
             self._file.flush()
+        except OSError as error:
+            self._complain(error)
+            self._let_go()
 
     def close(self) -> None:
-        """Close the file. Calling it twice does nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file; a failure is said and not raised. Calling it twice does nothing."""
+        error = self._let_go()
+        if error is not None:
+            self._complain(error)
+
+    def _let_go(self) -> OSError | None:
+        """Close the file, once; return what the system said to it."""
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()  # also when it fails, and it does where a line is left that could not be written
+        except OSError as error:
+            return error
+        return None
+
+    def _complain(self, error: OSError) -> None:
+        logger.warning(
+            "statistics of rank %d are no longer written: `%s` (%s); hint: make room there, or name another directory "
+            "in `stats_path`; training is not affected",
+            self._rank,
+            self._path,
+            error.strerror or error,
+        )

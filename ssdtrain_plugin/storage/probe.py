@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ssdtrain_plugin.storage.scratch import file_system_of, open_scratch
 from ssdtrain_plugin.units import KIB, MIB, format_bytes
 
-__all__ = ["MIN_FREE_BYTES", "DirectoryReport", "directory_problem", "probe_directory"]
+__all__ = ["MIN_FREE_BYTES", "DirectoryReport", "directory_problem", "probe_directory", "stranger_problem"]
 
 MIN_FREE_BYTES = 64 * MIB
 """A directory with less free space is not worth using."""
@@ -105,9 +105,9 @@ def directory_problem(path: str) -> str | None:
         mode = os.stat(path).st_mode
         if not stat.S_ISDIR(mode):
             return f"`{path}`: not a directory (expected a writable directory on the drive)"
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            got = f"mode {stat.S_IMODE(mode):04o}, every user may rename and remove what is in it"
-            return f"`{path}`: {got} (expected the sticky bit, `chmod +t`, or nobody else to write, `chmod o-w`)"
+        stranger = stranger_problem(mode)
+        if stranger is not None:
+            return f"`{path}`: {stranger}"
         scratch = open_scratch(path, direct=False)
         try:
             if os.pwrite(scratch.fd, bytes(_BLOCK_BYTES), 0) != _BLOCK_BYTES:
@@ -126,6 +126,21 @@ def directory_problem(path: str) -> str | None:
     if free_bytes < MIN_FREE_BYTES:
         want = f"expected at least {format_bytes(MIN_FREE_BYTES)}"
         return f"`{path}`: only {format_bytes(free_bytes)} free ({want})"
+    return None
+
+
+def stranger_problem(mode: int) -> str | None:
+    """Say why nothing in a directory is safe from other users.
+
+    Args:
+        mode: Of the directory.
+
+    Returns:
+        ``<got> (expected <want>)``, or None if nothing is wrong.
+    """
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        got = f"mode {stat.S_IMODE(mode):04o}, every user may rename and remove what is in it"
+        return f"{got} (expected the sticky bit, `chmod +t`, or nobody else to write, `chmod o-w`)"
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin import runtime
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.preflight import check, find_local_rank, prepare
 from ssdtrain_plugin.runtime import build
@@ -86,6 +87,30 @@ def test_stats_are_written_a_line_a_step(tmp_path):
             offloader.end_step()
     lines = (tmp_path / "stats_0" / "rank0.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["rank0.jsonl", "rank0.trace.jsonl"])
+def test_statistics_that_are_refused_are_so_before_anything_is_allocated(tmp_path, monkeypatch, name):
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    monkeypatch.setattr(runtime, "_build_tiers", lambda *_: pytest.fail("a drive was opened"))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ssdtrain.OffloadError, match="cannot open the statistics") as caught:
+        ssdtrain.attach(Model(), options(tmp_path, stats_path=str(tmp_path), trace_steps=1))
+    assert len(os.listdir("/proc/self/fd")) == before, "while the error is held"
+    assert caught.value.hint
+    assert not (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("below", ["", "new/folder"])
+def test_statistics_where_every_user_may_change_names_are_refused_as_paths_are(tmp_path, below):
+    stats = tmp_path / "stats"
+    stats.mkdir()
+    stats.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"stats_path: .*mode 0777, every user may rename .* `chmod \+t`"):
+        check({"policy": "none", "stats_path": str(stats / below)}, source="here", local_rank=0)
+    stats.chmod(0o1777)
+    check({"policy": "none", "stats_path": str(stats / below)}, source="here", local_rank=0)
+    assert list(stats.iterdir()) == []
 
 
 def test_all_faults_of_options_and_paths_are_listed_at_once(tmp_path):
