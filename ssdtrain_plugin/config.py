@@ -138,8 +138,9 @@ class OffloadConfig(BaseModel):
         ge=0.1,
         le=86400.0,
         allow_inf_nan=False,
-        description="A store that takes longer is given up and its tensor stays in memory; a load that takes longer "
-        "stops training (seconds). Transfers of 1 GiB and more may take longer, one second for 16 MiB.",
+        description="A store, or the growth of a file for it, that takes longer is given up and its tensor stays in "
+        "memory; a load that takes longer stops training (seconds). For 1 GiB and more it may take longer, one second "
+        "for 16 MiB.",
     )
     verify: Annotated[Literal["off", "checksum"], BeforeValidator(_as_word)] = Field(
         default="off",

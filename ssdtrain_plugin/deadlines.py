@@ -12,10 +12,20 @@ from typing import Generic, TypeVar
 from ssdtrain_plugin.errors import LoadError, StorageError, StoreError
 from ssdtrain_plugin.units import MIB, format_bytes
 
-__all__ = ["Abandonable", "Deadlines", "hangs"]
+__all__ = ["Abandonable", "Deadlines", "allowed_seconds", "hangs"]
 
 # Work on many bytes may take longer than the timeout: a drive shares its speed among its threads.
 _SLOWEST_BYTES_PER_SECOND = 16 * MIB
+
+
+def allowed_seconds(timeout_seconds: float, nbytes: int) -> float:
+    """Tell how long a piece of work may take before it is given up.
+
+    Args:
+        timeout_seconds: As set by the user.
+        nbytes: What it moves, or makes room for.
+    """
+    return max(timeout_seconds, nbytes / _SLOWEST_BYTES_PER_SECOND)
 
 
 class Abandonable:
@@ -102,7 +112,7 @@ class Deadlines(Generic[Item, Owner]):
             nbytes: Its size.
         """
         now = self._clock()
-        deadline = now + max(self._timeout_seconds, nbytes / _SLOWEST_BYTES_PER_SECOND)
+        deadline = now + allowed_seconds(self._timeout_seconds, nbytes)
         self._runs[item] = owner, now, deadline
         is_earlier = deadline < self._look_at
         if is_earlier:

@@ -35,7 +35,7 @@ from ssdtrain_plugin.storage.retries import Retries
 from ssdtrain_plugin.storage.striped import StripedTier
 from ssdtrain_plugin.streams import Streams, create_streams
 from ssdtrain_plugin.summary import RunTotals, after_warm_up, step_line
-from ssdtrain_plugin.trace import Trace
+from ssdtrain_plugin.trace import Trace, open_records
 from ssdtrain_plugin.tracing import TracedCache, TracedQueue
 from ssdtrain_plugin.transfer import TransferQueue
 
@@ -247,16 +247,10 @@ def build(
     parts = parts or Parts()
     streams = create_streams(device)
     arena = HostArena(streams)
-    with contextlib.ExitStack() as on_failure:
-        # Files that may be refused come before what takes space.
-        writer = None if config.stats_path is None else StatsWriter(config.stats_path, rank)
-        if writer is not None:
-            on_failure.callback(writer.close)
-        trace = _open_trace(config, rank, device)
-        if trace is not None:
-            on_failure.callback(trace.close)
+    num_traced = config.trace_steps if config.enabled else 0
+    # What may be refused comes before what takes space.
+    with open_records(config.stats_path, rank, num_steps=num_traced, device=str(device)) as (writer, trace):
         tiers, engine_line = _build_tiers(config, streams, arena, device, parts)
-        on_failure.pop_all()
     if Placement.SSD in tiers:
         tiers[Placement.SSD] = parts.wrap_drive(tiers[Placement.SSD])
     policy = parts.policy or _create_policy(config, tiers, lookahead_events)
@@ -319,6 +313,7 @@ def _build_tiers(
                 drive = open_one(path)
                 drives.append(drive)
                 opened.callback(drive.close)
+                drive.give_up_after(config.io_timeout_seconds)
                 drive.meter_writes(
                     meter_of(path, config.daily_write_limit, config.rated_write_bytes, clock=parts.wall_clock)
                 )
@@ -329,12 +324,6 @@ def _build_tiers(
     if config.host_bytes:
         tiers[Placement.HOST] = HostTier(config.host_bytes, streams=streams)
     return tiers, line
-
-
-def _open_trace(config: OffloadConfig, rank: int, device: torch.device) -> Trace | None:
-    if config.stats_path is None or not (config.trace_steps and config.enabled):
-        return None
-    return Trace(config.stats_path, rank, first_step=WARM_UP_STEPS, num_steps=config.trace_steps, device=str(device))
 
 
 def _create_queue(config: OffloadConfig, clock: Callable[[], float], trace: Trace | None) -> TransferQueue:

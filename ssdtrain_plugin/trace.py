@@ -11,12 +11,13 @@ that of the layer. What is saved outside of all named modules has no name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO, Literal
@@ -34,9 +35,9 @@ from ssdtrain_plugin.events import (
     WaitEvent,
     to_json,
 )
-from ssdtrain_plugin.stats import open_lines
+from ssdtrain_plugin.stats import WARM_UP_STEPS, StatsWriter, open_lines
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "open_records"]
 
 logger = logging.getLogger(__name__)
 
@@ -303,3 +304,30 @@ class Trace:
                 file.close()
             except OSError:  # said already, when it was written
                 return
+
+
+@contextlib.contextmanager
+def open_records(
+    directory: str | None, rank: int, *, num_steps: int, device: str
+) -> Iterator[tuple[StatsWriter | None, Trace | None]]:
+    """Open what a rank writes down, and close it again if what comes inside fails.
+
+    Args:
+        directory: Of all ranks; None: nothing is written.
+        rank: Global rank of the process.
+        num_steps: How many to record events of; 0: none.
+        device: Where the activations are.
+
+    Raises:
+        StorageError: A file cannot be opened.
+    """
+    with contextlib.ExitStack() as on_failure:
+        writer = trace = None
+        if directory is not None:
+            writer = StatsWriter(directory, rank)
+            on_failure.callback(writer.close)
+            if num_steps:
+                trace = Trace(directory, rank, first_step=WARM_UP_STEPS, num_steps=num_steps, device=device)
+                on_failure.callback(trace.close)
+        yield writer, trace
+        on_failure.pop_all()

@@ -110,6 +110,14 @@ class DriveTier(Tier):
         """Overwrite with zeros what is freed from now on, and at the end what is left. Before the first store."""
         self._eraser = self._eraser or Eraser(self._file, count=self._count, on_end=self._close_engine_if_unused)
 
+    def give_up_after(self, timeout_seconds: float) -> None:
+        """Bound how long the system may take to change the size of the file; else it may take for ever.
+
+        Args:
+            timeout_seconds: As for transfers.
+        """
+        self._file.give_up_after(timeout_seconds)
+
     def meter_writes(self, meter: DriveMeter) -> None:
         """Count what is written, and refuse stores at the limit of the day. Before the first store.
 
@@ -218,6 +226,11 @@ class DriveTier(Tier):
             self._file.free(extent)
         else:
             self._eraser.free(extent)
+
+    def hangs(self, extent: Extent) -> bool:
+        """Leave the file as long as it is until the transfer returns; see :meth:`Tier.hangs`."""
+        self._file.hangs(extent)
+        return True
 
     def take_survived(self) -> list[StorageError]:
         """Take the failures of no consequence, and those made good; see :meth:`Tier.take_survived`."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from ssdtrain_plugin.errors import CapacityError, StateError, StorageError
 from ssdtrain_plugin.storage.base import Extent
 from ssdtrain_plugin.storage.extents import ExtentAllocator, round_down, round_up
+from ssdtrain_plugin.storage.impatience import Impatience
 from ssdtrain_plugin.storage.probe import DirectoryReport
 from ssdtrain_plugin.storage.scratch import open_scratch
 from ssdtrain_plugin.units import MIB, format_bytes
@@ -45,8 +48,8 @@ class ExtentFile:
         StorageError: No file can be created in the directory.
 
     Threads:
-        Any. Growing takes system calls; the lock that transfers need is not held
-        meanwhile.
+        Any. Changing its size takes system calls; the lock that transfers need is not held
+        meanwhile. A call that hangs is left to its thread, and keeps the descriptor open.
 
     Attributes:
         fd: Open for reading and writing, with O_DIRECT where it works.
@@ -77,6 +80,8 @@ class ExtentFile:
         self._lock = threading.RLock()
         self._num_active = 0
         self._is_closed = False
+        self._calls = Impatience(math.inf)
+        self._hanging: set[Extent] = set()
 
     @property
     def used_bytes(self) -> int:
@@ -120,8 +125,27 @@ class ExtentFile:
             StateError: It was freed before, or is not from here.
         """
         with self._lock:
+            self._hanging.discard(extent)
             if not self._is_closed:
                 self._allocator.free(extent)
+
+    def give_up_after(self, timeout_seconds: float) -> None:
+        """Bound how long the system may take to change the size of the file; else it may take for ever.
+
+        Args:
+            timeout_seconds: See :class:`Impatience`.
+        """
+        with self._growing:
+            self._calls = Impatience(timeout_seconds)
+
+    def hangs(self, extent: Extent) -> None:
+        """Note that a transfer does not return: until its extent is freed, the file is not made shorter.
+
+        Args:
+            extent: Live.
+        """
+        with self._lock:
+            self._hanging.add(extent)
 
     @contextlib.contextmanager
     def transfer(self, extent: Extent) -> Iterator[bool]:
@@ -170,15 +194,22 @@ class ExtentFile:
         Raises:
             StorageError: The drive did not take them. The file is as it was, and its space is used on.
         """
-        with self._growing, self._lock:
-            peak_bytes, self._peak_bytes = self._peak_bytes, self._allocator.high_water_bytes
-            keep_bytes = round_up(peak_bytes, _GROWTH_BYTES) + _GROWTH_BYTES
-            surplus_bytes = self._file_bytes - keep_bytes
-            if self._is_closed or surplus_bytes < _GROWTH_BYTES:
-                return 0
+        with self._growing:  # so nothing is allocated meanwhile
+            with self._lock:
+                if self._is_closed or self._hanging or self._calls.is_stuck:
+                    return 0  # a call to a drive that hangs would hang too
+                peak_bytes, self._peak_bytes = self._peak_bytes, self._allocator.high_water_bytes
+                keep_bytes = round_up(peak_bytes, _GROWTH_BYTES) + _GROWTH_BYTES
+                before_bytes = self._file_bytes
+                surplus_bytes = before_bytes - keep_bytes
+                if surplus_bytes < _GROWTH_BYTES:
+                    return 0
+                self._file_bytes = keep_bytes
             try:
-                os.ftruncate(self.fd, keep_bytes)
+                self._call(partial(os.ftruncate, self.fd, keep_bytes), surplus_bytes)
             except OSError as error:
+                if not self._calls.is_stuck:  # else it may cut them off at any time
+                    self._file_bytes = before_bytes
                 raise StorageError(
                     f"cannot give space back: {format_bytes(surplus_bytes)} to the drive of `{self.path}` "
                     f"({error.strerror or error})",
@@ -187,7 +218,6 @@ class ExtentFile:
                     nbytes=surplus_bytes,
                     hint="look for drive errors in `dmesg`; the space is used on meanwhile",
                 ) from error
-            self._file_bytes = keep_bytes
             return surplus_bytes
 
     def close(self) -> None:
@@ -253,20 +283,39 @@ class ExtentFile:
             raise self._no_room(nbytes, reason, None, "raise `disk_bytes` or lower `offload_fraction`")
         step_bytes = min(max(need_bytes, self._file_bytes + _GROWTH_BYTES), self.limit_bytes)
         try:
-            if step_bytes - self._file_bytes > self.drive_free_bytes():
-                # A call that fails has held all that was left for a moment, and another rank's store fails of it.
-                step_bytes = need_bytes
+            self._call(partial(self._extend, need_bytes, step_bytes), step_bytes - self._file_bytes)
+        except OSError as error:
+            reason, hint = error.strerror or str(error), "look for drive errors in `dmesg`"
+            if error.errno == errno.ETIMEDOUT:
+                hint += ", or raise `io_timeout_seconds` for a slow drive"
+            elif error.errno in FULL:
+                reason = f"{reason}, {self.free_words()}"
+                hint = f"lower `offload_fraction` or free space in `{self.path}`"
+            raise self._no_room(nbytes, reason, error.errno, hint) from error
+
+    def _call(self, call: Callable[[], None], nbytes: int) -> None:
+        """Have the size changed, with the descriptor held open until the call returns, however late.
+
+        Raises:
+            OSError: The system refused, or did not answer in time.
+        """
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.hold())
+            if self._is_closed:
+                raise OSError(errno.EBADF, "the tier is closed")
+            self._calls.run(call, nbytes, at_end=held.pop_all().close)
+
+    def _extend(self, need_bytes: int, step_bytes: int) -> None:
+        """Grow the file to ``step_bytes``, or to what is needed if there is no room for more."""
+        if step_bytes - self._file_bytes > self.drive_free_bytes():
+            # A call that fails has held all that was left for a moment, and another rank's store fails of it.
+            step_bytes = need_bytes
+        try:
             self._resize(step_bytes)
         except OSError as error:
             if error.errno not in FULL:
-                hint = "look for drive errors in `dmesg`"
-                raise self._no_room(nbytes, error.strerror or str(error), error.errno, hint) from error
-            try:
-                self._resize(need_bytes)
-            except OSError as final:
-                reason = f"{final.strerror or final}, {self.free_words()}"
-                hint = f"lower `offload_fraction` or free space in `{self.path}`"
-                raise self._no_room(nbytes, reason, final.errno, hint) from final
+                raise
+            self._resize(need_bytes)
 
     def _resize(self, nbytes: int) -> None:
         try:

@@ -261,21 +261,20 @@ class StripedTier(Tier):
             _, place = self._live.get(extent.offset, (None, None))
             if place is not None:
                 place.drive.failed(errno.ETIMEDOUT, self._clock())
+        if place is not None:
+            place.drive.tier.hangs(place.extent)
         return False
 
     def take_survived(self) -> list[StorageError]:
         """Take the errors of stores that then went to another drive; see :meth:`Tier.take_survived`."""
         with self._lock:
             survived, self._survived = self._survived, []
-        for drive in self._drives:
-            survived.extend(drive.tier.take_survived())
-        return survived
+        return survived + [error for drive in self._drives for error in drive.tier.take_survived()]
 
     def take_rates(self) -> Rates:
         """Add up the drives, each with its last rate in each direction: they work side by side."""
         for drive in self._drives:
-            now = drive.tier.take_rates()
-            drive.rates = Rates(*(new or old for new, old in zip(now, drive.rates, strict=True)))
+            drive.rates = Rates(*(new or old for new, old in zip(drive.tier.take_rates(), drive.rates, strict=True)))
         totals = (sum(rate for rate in rates if rate) for rates in zip(*(d.rates for d in self._drives), strict=True))
         return Rates(*(total or None for total in totals))
 
