@@ -134,6 +134,17 @@ def test_a_file_that_hangs_when_it_is_made_shorter_does_not_grow_meanwhile(file,
     assert os.fstat(file.fd).st_size == 2 * STEP
 
 
+def test_a_file_that_hangs_when_it_grows_is_not_made_shorter_meanwhile(file, tmp_path, monkeypatch):
+    with_surplus(file)
+    hanging = Hanging(monkeypatch, "posix_fallocate", tmp_path)
+    with pytest.raises(CapacityError, match="no answer"):
+        file.allocate(9 * STEP)
+    assert (file.trim(), file.trim()) == (0, 0)
+    hanging.release()
+    assert file.file_bytes == os.fstat(file.fd).st_size == 9 * STEP
+    assert file.trim() > 0
+
+
 def test_a_file_with_a_transfer_that_hangs_is_not_made_shorter(file, tmp_path, monkeypatch):
     extent = file.allocate(KIB)
     with_surplus(file)
