@@ -1,21 +1,34 @@
-"""Until when each piece of work must have ended, and the error for one that has not. A clock and no waiting."""
+"""Until when each piece of work must have ended, the error for one that has not, and how long an end may wait for it.
+
+Note [One allowance for the end]. What hangs in the kernel cannot be ended, so whoever closes something waits for
+its threads a while and then leaves them behind. A queue, the erasers of all drives and the engines are closed
+one after another; if each had seconds of its own, these would add up. So they share one allowance: each may spend
+half of what is left on what does not get on, and so the last one has a chance too. What ends, or gets on,
+costs nothing. All that ends with the interpreter shares one allowance as well, whoever owns it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import math
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from ssdtrain_plugin.errors import LoadError, StorageError, StoreError
 from ssdtrain_plugin.units import MIB, format_bytes
 
-__all__ = ["Abandonable", "Deadlines", "allowed_seconds", "hangs"]
+__all__ = ["Abandonable", "Allowance", "Deadlines", "allowed_seconds", "ending", "hangs"]
 
 # Work on many bytes may take longer than the timeout: a drive shares its speed among its threads.
 _SLOWEST_BYTES_PER_SECOND = 16 * MIB
+
+_END_SECONDS = 4.0  # a process must end within 5 s, whatever hangs
 
 
 def allowed_seconds(timeout_seconds: float, nbytes: int) -> float:
@@ -159,3 +172,51 @@ def hangs(*, is_store: bool, nbytes: int, path: str | None, reason: str) -> Stor
         nbytes=nbytes,
         hint=f"look for drive errors in `dmesg`, or raise `io_timeout_seconds` for a slow drive; {outcome}",
     )
+
+
+class Allowance:
+    """What may be waited in vain while something ends: Note [One allowance for the end].
+
+    Attributes:
+        left_seconds: Of all that it began with.
+    """
+
+    def __init__(self, seconds: float = _END_SECONDS) -> None:
+        """Begin with some seconds."""
+        self.left_seconds = seconds
+
+    def wait(self, get_on: Callable[[float], bool]) -> bool:
+        """Wait once, for no more than half of what is left.
+
+        Args:
+            get_on: Waits for as many seconds as it is given, and tells whether something ended or got on.
+
+        Returns:
+            What it said. If False, the seconds are spent.
+        """
+        seconds = self.left_seconds / 2
+        is_well = get_on(seconds)
+        if not is_well:
+            self.left_seconds -= seconds
+        return is_well
+
+
+_present: ContextVar[Allowance | None] = ContextVar("_present", default=None)  # of this thread
+_of_interpreter: list[Allowance] = []  # one, once its end has begun
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[Allowance]:
+    """Get the allowance of the end that is under way in this thread; begin an end if there is none."""
+    allowance = _present.get() or next(iter(_of_interpreter), None) or Allowance()
+    token = _present.set(allowance)
+    try:
+        yield allowance
+    finally:
+        _present.reset(token)
+
+
+# The handler that was registered last is called first. This one must be called before that of all finalizers, which
+# weakref registers with the first of them.
+weakref.finalize(Allowance, int).detach()
+atexit.register(lambda: _of_interpreter.append(Allowance()))

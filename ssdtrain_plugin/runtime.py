@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ssdtrain_plugin.cache import TensorCache
 from ssdtrain_plugin.config import OffloadConfig
+from ssdtrain_plugin.deadlines import ending
 from ssdtrain_plugin.errors import StateError
 from ssdtrain_plugin.hooks import ModuleHooks, SavedTensorHooks
 from ssdtrain_plugin.placement import Placer
@@ -208,9 +209,10 @@ def _close(
 ) -> None:
     if os.getpid() != owner_pid:
         return  # a fork has none of the threads, and its copies of locks may be held for ever
-    queue.close()
-    for tier in tiers:
-        tier.close()
+    with ending():
+        queue.close()
+        for tier in tiers:
+            tier.close()
     for arena in arenas:
         arena.close()
     if writer is not None:

@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 
-from ssdtrain_plugin.deadlines import Abandonable, Deadlines, hangs
+from ssdtrain_plugin.deadlines import Abandonable, Deadlines, ending, hangs
 from ssdtrain_plugin.errors import QueueClosedError
 from ssdtrain_plugin.frames import without_frames
 from ssdtrain_plugin.streams import DeviceEvent
@@ -36,8 +36,6 @@ from ssdtrain_plugin.streams import DeviceEvent
 __all__ = ["Direction", "Transfer", "TransferQueue", "TransferState"]
 
 logger = logging.getLogger(__name__)
-
-_JOIN_SECONDS = 3.0
 
 
 class Direction(enum.Enum):
@@ -363,12 +361,11 @@ class TransferQueue:
         return behind
 
     def close(self) -> None:
-        """Cancel what is queued, wait for what runs, stop the threads.
+        """Cancel what is queued, wait for what runs, stop the threads. Calling this twice does nothing.
 
-        A worker that hangs in the kernel is left behind, at once if that is known and
-        else after some seconds: it is a daemon and ends with the process. Calling this
-        twice does nothing.
+        A worker that hangs in the kernel, a daemon, is left behind: at once, or by Note [One allowance for the end].
         """
+        me = {threading.current_thread()}
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -376,11 +373,9 @@ class TransferQueue:
                     self._cancel_all(lane.queue)
             for condition in (*(lane.ready for lane in self._lanes.values()), self._changed):
                 condition.notify_all()
-            threads = [thread for lane in self._lanes.values() for thread in lane.threads if thread not in lane.hanging]
-        deadline = time.monotonic() + _JOIN_SECONDS
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+            threads = [each for lane in self._lanes.values() for each in lane.threads if each not in lane.hanging | me]
+        with ending() as allowance:
+            allowance.wait(lambda seconds: _have_ended(threads, seconds))
 
     def _cancel_all(self, queue: deque[Transfer]) -> None:
         while queue:
@@ -439,6 +434,13 @@ class TransferQueue:
                 if self._is_closed:
                     return None
                 lane.ready.wait()
+
+
+def _have_ended(threads: list[threading.Thread], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def _closed(what: str) -> QueueClosedError:

@@ -32,11 +32,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssdtrain_plugin.deadlines import ending
 from ssdtrain_plugin.errors import EnvironmentUnsupportedError, StateError
 from ssdtrain_plugin.storage.base import Engine
 from ssdtrain_plugin.storage.completions import Completion, create_with_rings
@@ -54,7 +56,6 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 2 * MIB
 _QUEUE_DEPTH = 16
 _NUM_CONTEXTS = 2  # of a handle with one thread: one it never uses, and the thread's
-_END_SECONDS = 10.0
 # What loading an extension may raise: the compiler, the linker and the library's own checks.
 _LOAD_ERRORS = (RuntimeError, ImportError, OSError, TypeError, AttributeError)
 
@@ -267,9 +268,9 @@ class _Handles:
         """Refuse new calls, wait for those under way, and destroy the handles."""
         if os.getpid() != self._pid:
             return
-        with self._changed:
+        with self._changed, ending() as allowance:
             self._is_closed = self._has_ended = True
-            if not self._changed.wait_for(lambda: self._num_active == 0, _END_SECONDS):
+            if not allowance.wait(partial(self._changed.wait_for, lambda: self._num_active == 0)):
                 logger.warning("%d transfers of DeepNVMe hang at the end of the process", self._num_active)
             self._destroy_idle()
 

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from ssdtrain_plugin.deadlines import ending
 from ssdtrain_plugin.storage.base import Extent
 from ssdtrain_plugin.storage.extent_file import ExtentFile
 from ssdtrain_plugin.units import MIB, format_bytes
@@ -28,7 +29,6 @@ __all__ = ["Eraser"]
 logger = logging.getLogger(__name__)
 
 _BLOCKS_A_CALL = 8
-_PATIENCE_SECONDS = 5.0  # without a block written
 
 
 class Eraser:
@@ -70,19 +70,25 @@ class Eraser:
             self._changed.notify()
 
     def close(self) -> None:
-        """Overwrite all that is live, and wait for it as long as it gets on. Calling it twice does nothing."""
+        """Overwrite all that is live, and wait for it as long as it gets on: Note [One allowance for the end].
+
+        Calling it twice does nothing.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
         if threading.current_thread() is self._thread:
             return
-        before = -1
-        while self._thread.is_alive():
-            if self._written_bytes == before:
-                self._complain(f"the drive does not answer after {format_bytes(before)}")
-                return
-            before = self._written_bytes
-            self._thread.join(_PATIENCE_SECONDS)
+        with ending() as allowance:
+            while self._thread.is_alive():
+                if not allowance.wait(self._gets_on):
+                    self._complain(f"the drive does not answer after {format_bytes(self._written_bytes)}")
+                    return
+
+    def _gets_on(self, seconds: float) -> bool:
+        before = self._written_bytes
+        self._thread.join(seconds)
+        return self._written_bytes > before or not self._thread.is_alive()
 
     def _serve(self, held: threading.Event) -> None:
         with self._file.hold():

@@ -1,6 +1,7 @@
 """A training process that ends in one of many ways, with work in flight: ``ending_worker.py WAY DIRECTORY [NUMBER]``.
 
-It ends when a graph is alive, stores have begun and their worker threads are inside of a write. With
+It ends when a graph is alive, stores have begun and their worker threads are inside of a write. Before it begins to
+end it prints ``ends at`` and the time, and ``ended at`` after the last of our finalizers. With
 ``SSDTRAIN_TEST_NAMES`` set, the file system is made to want a name for every file.
 """
 
@@ -11,6 +12,8 @@ import pickle
 import signal
 import sys
 import threading
+import time
+import weakref
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from ssdtrain_plugin.storage import scratch
 from ssdtrain_plugin.storage.faulty import Fault, FaultKind, FaultPlan
 
 SIZE = 256
+held = []  # until the interpreter ends
 CONFIG = {"policy": "all", "min_tensor_bytes": 1, "disk_bytes": "64 MiB", "io_threads": 2}
 
 
@@ -49,6 +53,12 @@ class Numbers(Dataset):
 
     def __getitem__(self, index):
         return torch.full((SIZE,), float(index))
+
+
+def say(what):
+    """Print an instant by a clock that all processes of a machine share."""
+    sys.stdout.write(f"{what} {time.monotonic()}\n")
+    sys.stdout.flush()
 
 
 def want_names():
@@ -113,6 +123,7 @@ def load_in_workers(model, offloader, method):
     loader = DataLoader(Numbers(), batch_size=4, num_workers=2, multiprocessing_context=method)
     for batch in loader:
         train(model, batch.repeat(SIZE // 4, 1))
+    say("ends at")
     offloader.detach()
 
 
@@ -134,6 +145,7 @@ def give_to_child(model, offloader):
     train(model, x)
     for ours, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, other.grad)
+    say("ends at")
     offloader.detach()
 
 
@@ -142,7 +154,32 @@ def raise_in_forward(model):
     model(torch.randn(SIZE, SIZE))
 
 
+def hang_on_two_drives(directory):
+    """Leave two models to the end of the interpreter, with system calls that hang, and zeros to be written."""
+    paths = [os.path.join(directory, name) for name in ("one", "two")]
+    for path in paths:
+        os.mkdir(path)
+    options = CONFIG | {"paths": paths, "zero_on_free": True}
+    models = [build(), build()]
+    offloaders = [attach_with(model, options, None) for model in models]
+    inside = threading.Semaphore(0)
+
+    def hang(*_):
+        inside.release()
+        threading.Event().wait()
+
+    os.pwritev = hang
+    losses = []
+    for model in models:
+        losses.append(model(torch.randn(SIZE, SIZE)).square().sum())
+        inside.acquire()
+    say("ends at")
+    return offloaders, losses
+
+
 def end(way, model, offloader, goes_on):
+    if way not in ("fork", "spawn", "given to a child"):  # these have work to do before
+        say("ends at")
     if way == "exit":
         return
     if way == "detach":
@@ -179,6 +216,10 @@ def main(way, directory, number="0"):
         model = build()
         with attach_with(model, CONFIG | {"paths": directory}, None):
             train(model, torch.randn(SIZE, SIZE))
+            say("ends at")
+        return
+    if way == "two drives that hang":
+        held.append(hang_on_two_drives(directory))
         return
     inside, goes_on = threading.Semaphore(0), threading.Event()
 
@@ -197,4 +238,5 @@ def main(way, directory, number="0"):
 
 
 if __name__ == "__main__":
+    weakref.finalize(say, say, "ended at")  # the first one, so it is called last
     main(*sys.argv[1:])

@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ssdtrain_plugin.deadlines import ending
 from ssdtrain_plugin.errors import CapacityError, EnvironmentUnsupportedError, LoadError, StateError, StoreError
 from ssdtrain_plugin.storage import aio, completions, locked
 from ssdtrain_plugin.storage.aio import AioEngine, aio_problem
@@ -600,3 +601,14 @@ def test_a_library_that_does_not_load_is_an_environment_error(library, monkeypat
 def test_importing_the_module_loads_no_deepspeed():
     code = "import sys, ssdtrain_plugin.storage.aio; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_the_end_waits_for_a_hanging_transfer_by_the_allowance_that_all_ends_share(monkeypatch, caplog):
+    handles, waited = aio._Handles(None, BLOCK), []
+    handles._num_active = 1
+    monkeypatch.setattr(handles._changed, "wait_for", lambda _, seconds: waited.append(seconds))
+    with ending() as allowance:
+        handles.end()
+        assert allowance.left_seconds < 4
+    assert sum(waited) < 4
+    assert "1 transfers of DeepNVMe hang" in caplog.text

@@ -1,6 +1,8 @@
 """What never returns is given up after a deadline; until it does return, it keeps what it may touch."""
 
 import errno
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -9,7 +11,7 @@ import torch
 from clocks import ManualClock
 from fakes import TIMEOUT_SECONDS, CacheRig, Gate, GatedTier
 
-from ssdtrain_plugin.deadlines import Abandonable, Deadlines
+from ssdtrain_plugin.deadlines import Abandonable, Allowance, Deadlines, ending
 from ssdtrain_plugin.errors import LoadError, StoreError
 from ssdtrain_plugin.storage.striped import StripedTier
 from ssdtrain_plugin.transfer import Direction, Transfer, TransferQueue, TransferState
@@ -78,6 +80,56 @@ def test_what_is_left_behind_is_done_once_whoever_comes_first():
     late.when_returned(lambda: done.append("late"))
     late.when_returned(lambda: done.append("again"))
     assert done == ["early", "late", "again"]
+
+
+# --- what an end may wait: Note [One allowance for the end]
+
+
+def test_what_hangs_spends_half_of_what_is_left_and_what_gets_on_nothing():
+    given = []
+
+    def answer(is_well):
+        return lambda seconds: given.append(seconds) or is_well
+
+    allowance = Allowance(4.0)
+    assert not allowance.wait(answer(False))
+    assert allowance.wait(answer(True))
+    assert not allowance.wait(answer(False))
+    assert not allowance.wait(answer(False))
+    assert given == [2.0, 1.0, 1.0, 0.5]
+    assert allowance.left_seconds == 0.5
+
+
+def test_an_end_within_an_end_has_no_allowance_of_its_own():
+    with ending() as first:
+        with ending() as second:
+            assert second is first
+        others = in_thread(allowance_of_an_end)
+        end(others[0])
+        assert others[1] != [first], "it belongs to one thread"
+    assert allowance_of_an_end() is not first
+    with pytest.raises(KeyError), ending() as first:
+        raise KeyError
+    assert allowance_of_an_end() is not first
+
+
+def allowance_of_an_end():
+    with ending() as allowance:
+        return allowance
+
+
+def test_all_that_ends_with_the_interpreter_shares_one():
+    """Finalizers of weakref run in a handler of their own, whether it was registered before ours or after."""
+    code = (
+        "import weakref\n{}\nfrom ssdtrain_plugin.deadlines import ending\nclass Thing: pass\n"
+        "def say():\n  with ending() as allowance: print(id(allowance), flush=True)\n"
+        "say()\nthings = [Thing(), Thing()]\nfor thing in things: weakref.finalize(thing, say)"
+    )
+    for early in ("", "weakref.finalize(type('Thing', (), {}), print)"):
+        command = [sys.executable, "-c", code.format(early)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        first, second = done.stdout.split()[1:]
+        assert first == second
 
 
 # --- the queue

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import time
 
 import pytest
 import torch
+from fakes import Gate
 from torch import nn
 
 import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin.deadlines import ending
 from ssdtrain_plugin.storage.engines import open_drive
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
@@ -93,6 +96,54 @@ def test_a_drive_that_takes_no_zeros_is_said_once_and_gives_its_room_back(drive,
 
 def refuse(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_drives_that_hang_do_not_hold_up_a_detach(tmp_path, monkeypatch, caplog):
+    """Stores and zeros hang, on two drives: what is waited for, one after the other, is less than 5 s in all."""
+    gate, write = Gate(is_open=False), os.pwritev
+
+    def hang(*args):
+        gate.pass_through()
+        return write(*args)
+
+    paths = [tmp_path / name for name in ("one", "two")]
+    for path in paths:
+        path.mkdir()
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    config = {"paths": [str(path) for path in paths], "policy": "all", "min_tensor_bytes": 1, "zero_on_free": True}
+    with ssdtrain.attach(model, config) as offloader:
+        monkeypatch.setattr(os, "pwritev", hang)
+        loss = model(torch.randn(256, 64)).sum()
+        gate.wait_for_arrival()
+        (tier,) = offloader._tiers.values()
+        erasers = [drive.tier._eraser._thread for drive in tier._drives]
+        started = time.monotonic()
+        offloader.detach()
+        seconds = time.monotonic() - started
+    try:
+        assert all(thread.is_alive() for thread in erasers)
+        assert seconds < 5.0, "a bound on a hang, not a measurement"
+        assert caplog.text.count("the drive does not answer") == 2
+    finally:
+        gate.open()
+    del loss
+
+
+def test_an_eraser_that_gets_on_is_waited_for(drive, monkeypatch, caplog):
+    """However little is left of the allowance for the end."""
+    extents = [store(drive, 9 * MIB) for _ in range(3)]
+    fd = same_file(drive)
+    eraser = drive._eraser
+    with ending() as allowance:
+        allowance.left_seconds = 1e-9
+        monkeypatch.setattr(eraser, "_gets_on", lambda seconds: eraser._thread.join(1.0) or True)
+        drive.close()
+    try:
+        assert secrets_in(fd) == 0
+        assert not caplog.records
+    finally:
+        os.close(fd)
+    del extents
 
 
 def test_training_with_it_gives_the_same_gradients_and_leaves_zeros(tmp_path):
