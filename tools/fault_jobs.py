@@ -67,7 +67,7 @@ class Row:
         host: Where.
         outcome: What was observed; None: not run, see ``remark``.
         remark: What else there is to say.
-        are_equal: Gradients and losses of every step that ended, to the last bit.
+        are_equal: Gradients and losses of every step that ended, to the last bit; None: no step did.
         leftovers: What was found afterwards.
         seconds: From the first fault to the end of the step that met it, or of the job.
     """
@@ -76,15 +76,17 @@ class Row:
     host: str
     outcome: Outcome | None
     remark: str = ""
-    are_equal: bool = False
+    are_equal: bool | None = False
     leftovers: list[str] = field(default_factory=list)
     seconds: float | None = None
 
     @property
     def is_good(self) -> bool:
         """It was skipped for a reason, or all is as it should be."""
-        is_as_expected = self.outcome is self.case.expected and self.are_equal and not self.leftovers
-        return self.outcome is None or is_as_expected
+        is_as_expected = self.outcome is self.case.expected and not self.leftovers
+        # Who is refused at the start has taken no step; all others have, and must show it.
+        has_numbers = self.are_equal or (self.are_equal is None and self.case.expected is Outcome.REFUSED)
+        return self.outcome is None or (is_as_expected and bool(has_numbers))
 
 
 @dataclass
@@ -245,8 +247,11 @@ def judge(case: FaultCase, host: str, ended: Ended) -> Row:
     return (_judge_ended if case.ends_the_job else _judge_survivor)(case, host, ended)
 
 
-def _is_abort(code: int, text: str) -> bool:
-    return code < 0 or code >= 128 or "Fatal Python error" in text or "terminate called" in text
+def _is_abort(ended: Ended) -> bool:
+    """Tell whether any process died; a launcher has an exit code and a log of its own."""
+    texts = (ended.text, *ended.rank_texts.values())
+    has_said_so = any(words in text for text in texts for words in ("Fatal Python error", "terminate called"))
+    return ended.code is not None and (ended.code < 0 or ended.code >= 128 or has_said_so)
 
 
 def _judge_survivor(case: FaultCase, host: str, ended: Ended) -> Row:
@@ -255,8 +260,7 @@ def _judge_survivor(case: FaultCase, host: str, ended: Ended) -> Row:
     if len(ends) < (1 if host == PLAIN else 2):
         if not any(event["event"] == "begin" for event in events):
             return Row(case, host, Outcome.OTHER, "not run: an earlier case ended the job")
-        is_hang, is_abort = ended.code is None, ended.code is not None and _is_abort(ended.code, ended.text)
-        outcome = Outcome.HANG if is_hang else Outcome.ABORT if is_abort else Outcome.OTHER
+        outcome = Outcome.HANG if ended.code is None else Outcome.ABORT if _is_abort(ended) else Outcome.OTHER
         return Row(case, host, outcome, ended.text[-1500:])
     left = [*(name for end in ends for name in end["leftovers"]), *ended.leftovers]
     row = Row(case, host, None, leftovers=left)
@@ -305,7 +309,7 @@ def _judge_ended(case: FaultCase, host: str, ended: Ended) -> Row:
     steps = [event for event in ended.events if event["event"] == "step"]
     faults = [event["at"] for event in ended.events if event["event"] == "fault"]
     row = Row(case, host, None, leftovers=ended.leftovers)
-    row.are_equal = all(event["is_equal"] for event in steps)
+    row.are_equal = all(event["is_equal"] for event in steps) if steps else None
     row.seconds = ended.at - min(faults) if faults else None
     texts = {rank: text for rank, text in ended.rank_texts.items() if text} or {0: ended.text}
     lost = [rank for rank, text in texts.items() if _LOST.search(text)]
@@ -318,7 +322,7 @@ def _judge_ended(case: FaultCase, host: str, ended: Ended) -> Row:
         row.outcome = Outcome.HANG
     elif not faults:
         row.outcome = Outcome.UNREACHED
-    elif _is_abort(ended.code, ended.text):
+    elif _is_abort(ended):
         row.outcome = Outcome.ABORT
     elif ended.code == 0:
         row.outcome = Outcome.SILENT

@@ -30,7 +30,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     outcome = row.outcome.value + (row.remark if row.is_good else "")
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
     left = f"{len(row.leftovers)}: {row.leftovers[0]}" if row.leftovers else "none"
-    return case.fault, case.direction, case.calls, row.host, outcome, "yes" if row.are_equal else "NO", left, seconds
+    equal = "-" if row.are_equal is None else "yes" if row.are_equal else "NO"
+    return case.fault, case.direction, case.calls, row.host, outcome, equal, left, seconds
 
 
 def render_table(rows: Sequence[Row]) -> str:

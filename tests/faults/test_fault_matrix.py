@@ -55,7 +55,7 @@ def test_an_attached_model_under_a_fault(plain, name):
     if row.outcome is None:
         pytest.skip(row.remark)
     assert row.outcome is row.case.expected, row.remark
-    assert row.are_equal
+    assert row.are_equal is (None if row.case.expected is Outcome.REFUSED else True)
     assert row.leftovers == []
     assert row.seconds is not None
 
@@ -104,6 +104,7 @@ def test_a_row_is_good_only_if_all_of_it_is():
     assert row(expected).is_good
     assert row(None, remark="not run: needs root").is_good
     assert not row(expected, are_equal=False).is_good
+    assert not row(expected, are_equal=None).is_good, "no step has shown a number"
     assert not row(expected, leftovers=["thread"]).is_good
     assert not row(Outcome.RETRIED).is_good
 
@@ -208,6 +209,32 @@ def test_a_job_that_ends_in_another_way_than_by_its_error_is_named(changes, outc
 
 def test_a_wrong_number_before_the_end_is_not_good():
     assert not judge(STOPPED, PLAIN, ended(are_equal=False)).is_good
+
+
+def test_without_a_step_there_are_no_numbers_to_compare():
+    refused = next(case for case in ALL_CASES if case.expected is Outcome.REFUSED)
+    text = _LOST.replace("LoadError", "ConfigError")
+    job = Ended(1, 3.0, text, {}, [{"rank": 0, "case": refused.name, "event": "fault", "at": 1.0}], [])
+    found = judge(refused, PLAIN, job)
+    assert found.is_good
+    assert "| - | none | 2.0 |" in render_table([found])
+    job.text = _LOST
+    found = judge(STOPPED, PLAIN, job)
+    assert found.outcome is Outcome.STOPPED
+    assert not found.is_good, "it had steps to take"
+
+
+@pytest.mark.parametrize("words", ["Fatal Python error: Aborted", "terminate called after throwing"])
+def test_an_abort_of_any_rank_is_seen(words):
+    """A launcher prints nothing of it, and ends with a code of its own."""
+    peer = {0: _LOST, 1: words}
+    job = ended(text="the launcher")
+    job.rank_texts = peer
+    assert judge(STOPPED, PIPELINE, job).outcome is Outcome.ABORT
+    for case in (KEPT, RETRIED):
+        job = survived(case, code=1)
+        job.rank_texts = peer
+        assert judge(case, PIPELINE, job).outcome is Outcome.ABORT
 
 
 # ---------------------------------------------------------------------- mounts
