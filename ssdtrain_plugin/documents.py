@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from ssdtrain_plugin.errors import ConfigError
 from ssdtrain_plugin.units import KIB, format_bytes
 
-__all__ = ["MAX_YAML_BYTES", "checked", "nearest", "parse_yaml", "read_text", "read_yaml", "shown"]
+__all__ = ["MAX_YAML_BYTES", "checked", "nearest", "parse_yaml", "read_regular", "read_text", "read_yaml", "shown"]
 
 MAX_YAML_BYTES = 64 * KIB
 """A file of settings has a few kilobytes; a parser in Python takes seconds for what is larger than this."""
@@ -76,6 +76,27 @@ def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
     return f" (did you mean `{near[0]}`?)" if near else ""
 
 
+def read_regular(path: str | os.PathLike[str], *, max_bytes: int, flags: int = 0) -> bytes | None:
+    """Read a regular file, and wait for nothing else.
+
+    Args:
+        path: Of anything.
+        max_bytes: Of what is larger, one byte more than this is read.
+        flags: For ``os.open``, in addition.
+
+    Returns:
+        What it holds; None if it is a pipe or a device.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: No file has such a name.
+    """
+    # Without O_NONBLOCK it would wait for the other end of a pipe.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(max_bytes + 1) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+
+
 def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
     """Read a file of text.
 
@@ -87,12 +108,8 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
         ConfigError: It cannot be read.
     """
     try:
-        # Without O_NONBLOCK it would wait for the other end of a pipe.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            mode = os.fstat(fd).st_mode
-            data = file.read(max_bytes + 1) if stat.S_ISREG(mode) else b""
-        text = data.decode("utf-8-sig")
+        data = read_regular(path, max_bytes=max_bytes)
+        text = (data or b"").decode("utf-8-sig")
     except OSError as error:
         kind = "a directory" if error.errno == errno.EISDIR else error.strerror
         raise ConfigError(f"`{path}`", [f"{kind} (expected a file)"], hint="check the path") from None
@@ -102,7 +119,7 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
         raise ConfigError(f"`{path}`", [problem], hint=hint) from None
     except ValueError as error:  # a null character, or one that no file name can hold
         raise ConfigError(f"`{path}`", [f"{error} (expected a path)"], hint="check the path") from None
-    if not stat.S_ISREG(mode):
+    if data is None:
         raise ConfigError(f"`{path}`", ["a pipe or a device (expected a file)"], hint="name a file that holds text")
     if len(data) > max_bytes:
         problem = f"too large (expected at most {format_bytes(max_bytes)})"

@@ -13,6 +13,8 @@ bytes handed to the system; what the drive makes of them is its own affair.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -25,7 +27,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ssdtrain_plugin.units import format_bytes
+from ssdtrain_plugin.documents import read_regular, shown
+from ssdtrain_plugin.units import MIB, format_bytes
 
 __all__ = ["DriveMeter", "DriveRecord", "WearFile", "day_of", "life_line", "state_folder"]
 
@@ -33,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _KEPT_DAYS = 400
+_MOST_BYTES = 16 * MIB  # a thousand drives, of all machines that share a home, with all their days
+_MOST_COUNTED = 1 << 64
 _RECENT_DAYS = 30
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE_SECONDS = 0.05
@@ -140,16 +145,25 @@ class WearFile:
             ValueError: It is damaged.
         """
         try:
-            text = self.path.read_text(encoding="utf-8")
+            data = read_regular(self.path, max_bytes=_MOST_BYTES, flags=os.O_NOFOLLOW)
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError("a link, expected a file") from None
+            raise
+        if data is None or len(data) > _MOST_BYTES:
+            what = "a pipe or a device" if data is None else "too large"
+            raise ValueError(f"{what}, expected a file of at most {format_bytes(_MOST_BYTES)}")
         try:
-            content = json.loads(text)
+            content = json.loads(data.decode("utf-8"))
             if content["version"] != _VERSION:
-                raise ValueError(f"version {content['version']}, expected {_VERSION}")
+                raise ValueError(f"version {shown(content['version'])}, expected {_VERSION}")
             return {str(key): _record_of(value) for key, value in content["drives"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not what was written: {error!r}") from error
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
     def add(self, identity: str, path: str, written: Mapping[str, int]) -> tuple[DriveRecord, str | None]:
         """Add bytes; a damaged file is put aside and a new one begun.
@@ -216,12 +230,21 @@ class WearFile:
             os.close(fd)
 
 
+def _is_day(name: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(name).isoformat() == name
+    except ValueError:
+        return False
+
+
 def _record_of(value: Mapping[str, object]) -> DriveRecord:
     path, since, total_bytes, days = value["path"], value["since"], value["total_bytes"], value["days"]
     if not isinstance(path, str) or not isinstance(since, str) or not isinstance(days, dict):
         raise TypeError("a record has other fields")
-    if not all(isinstance(number, int) and number >= 0 for number in (total_bytes, *days.values())):
+    if not all(isinstance(number, int) and 0 <= number <= _MOST_COUNTED for number in (total_bytes, *days.values())):
         raise TypeError("a number is not a count of bytes")
+    if len(days) > _KEPT_DAYS or not all(map(_is_day, (since, *days))):
+        raise TypeError("a day is none, or there are too many")
     return DriveRecord(path, since, int(str(total_bytes)), {str(day): nbytes for day, nbytes in days.items()})
 
 

@@ -14,6 +14,7 @@ from clocks import ManualClock
 from torch import nn
 
 import ssdtrain_plugin as ssdtrain
+from ssdtrain_plugin.doctor.wear import wear_findings
 from ssdtrain_plugin.runtime import Parts, attach_with
 from ssdtrain_plugin.storage import wear
 from ssdtrain_plugin.storage.drive_identity import identity_of
@@ -88,13 +89,24 @@ def test_old_days_are_dropped_and_stay_in_the_total():
 # --- a file that is damaged, held or out of reach is a warning
 
 
+def file_of(**changes):
+    """What a file with one record holds, changed."""
+    record = {"path": "/", "since": "2024-10-01", "total_bytes": 1, "days": {"2024-10-01": 1}} | changes
+    return json.dumps({"version": 1, "drives": {"a": record}})
+
+
 @pytest.mark.parametrize(
     "text",
     [
         *("", "{", "[]", "null", '{"version": 2, "drives": {}}', '{"version": 1}'),
         '{"version": 1, "drives": {"a": {}}}',
-        json.dumps({"version": 1, "drives": {"a": {"path": "/", "since": "", "total_bytes": -1, "days": {}}}}),
+        *(file_of(total_bytes=number) for number in (-1, 1.0, 10**400)),
+        *(file_of(since=day) for day in ("", "2024-02-30", "20241001", "2024-10-01\n", "\x1b[2J")),
+        *(file_of(days={day: 1}) for day in ("", "yesterday", "2024-W40-2")),
+        file_of(days={day_of(day * DAY): 1 for day in range(401)}),
+        *("[" * 200_000, '{"version": [' + "1," * MIB + "1]}", " " * (16 * MIB + 1)),
     ],
+    ids=lambda text: text[:60],
 )
 def test_a_damaged_file_is_put_aside_and_said(tmp_path, caplog, text):
     (tmp_path / "wear.json").write_text(text, encoding="utf-8")
@@ -103,8 +115,41 @@ def test_a_damaged_file_is_put_aside_and_said(tmp_path, caplog, text):
     one.flush()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "is damaged" in caplog.text
+    assert len(caplog.text) < 1000
     assert (tmp_path / "wear.json.damaged").read_text(encoding="utf-8") == text
     assert WearFile(tmp_path).read()["serial:1"].total_bytes == 7
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("elsewhere")], ids=["pipe", "link"])
+def test_what_is_no_file_is_put_aside_and_not_waited_for(tmp_path, caplog, make):
+    make(tmp_path / "wear.json")
+    one = meter(tmp_path, ManualClock(NOON))
+    one.add(7)
+    one.flush()
+    assert "is damaged" in caplog.text
+    assert os.path.lexists(tmp_path / "wear.json.damaged")
+    assert WearFile(tmp_path).read()["serial:1"].total_bytes == 7
+
+
+def test_the_record_of_a_large_site_is_not_too_large(tmp_path):
+    file, days = WearFile(tmp_path), {day_of(NOON + day * DAY): 10**13 for day in range(400)}
+    records = {
+        f"serial:{drive:020}": DriveRecord("/mnt/nvme/ssdtrain", min(days), 10**16, days) for drive in range(400)
+    }
+    file._replace(records)
+    assert file.read() == records
+
+
+def test_training_and_the_doctor_go_on_with_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "ssdtrain").mkdir()
+    (tmp_path / "ssdtrain" / "wear.json").write_text("[" * 200_000, encoding="ascii")
+    (tmp_path / "drive").mkdir()
+    with ssdtrain.attach(Chain(), {"paths": str(tmp_path / "drive"), "policy": "all"}):
+        pass
+    (finding,) = wear_findings(str(tmp_path / "drive"), None, TB)
+    assert "nested too deeply" in finding.fact
 
 
 def test_a_file_that_cannot_be_written_is_said_once_and_counted_here(tmp_path, caplog):
