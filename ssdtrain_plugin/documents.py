@@ -107,6 +107,8 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
     Raises:
         ConfigError: It cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):  # a number would be a descriptor
+        raise ConfigError("the name of a file", [f"{shown(path)} (expected a path)"], hint="pass a path")
     try:
         data = read_regular(path, max_bytes=max_bytes)
         text = (data or b"").decode("utf-8-sig")

@@ -26,7 +26,7 @@ from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
-from ssdtrain_plugin.preflight import find_local_rank, prepare
+from ssdtrain_plugin.preflight import _number_of, find_local_rank, prepare
 from ssdtrain_plugin.stats import WARM_UP_STEPS, StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Engine, Tier
 from ssdtrain_plugin.storage.engines import choose_engine, meter_of, open_drive
@@ -384,6 +384,11 @@ def _target_allocator(device: torch.device, arena: HostArena) -> Callable[[int],
     return allocate
 
 
+def _find_rank() -> int:
+    said = [name for name in ("RANK", "SLURM_PROCID") if os.environ.get(name, "") not in ("", "-1")]
+    return _number_of(said[0], default=0, least=0) if said else 0
+
+
 def _device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "meta":
@@ -406,7 +411,7 @@ def attach(model: nn.Module, config: OffloadConfig | Mapping[str, Any]) -> Offlo
 
     Raises:
         ConfigError: An option is wrong or a path cannot be used; all are listed.
-        StateError: The model is attached already.
+        StateError: The model is attached already, or is no module.
     """
     return attach_with(model, config, None)
 
@@ -419,6 +424,11 @@ def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], par
         config: As for :func:`attach`.
         parts: In place of the usual ones.
     """
+    if not isinstance(model, nn.Module):
+        raise StateError(
+            f"cannot attach: the model (a {type(model).__name__}, expected a torch.nn.Module)",
+            hint="pass the module first and the options second",
+        )
     if ModuleHooks.are_on(model):
         raise StateError(
             f"cannot attach: this {type(model).__name__} is attached already (expected one offloader a model)",
@@ -428,8 +438,7 @@ def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], par
         config = OffloadConfig.from_dict(config)
     make_audible()
     config = prepare(config, local_rank=find_local_rank())
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
-    offloader = build(config, device=_device_of(model), rank=rank, parts=parts)
+    offloader = build(config, device=_device_of(model), rank=_find_rank(), parts=parts)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))
         offloader.name_layers(model)

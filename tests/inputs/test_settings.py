@@ -23,9 +23,11 @@ from hostile import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import ssdtrain_plugin as ssdtrain
 from ssdtrain_plugin import OffloadConfig
-from ssdtrain_plugin.errors import ConfigError
+from ssdtrain_plugin.errors import ConfigError, StateError
 from ssdtrain_plugin.preflight import check, find_local_rank
 
 
@@ -139,6 +141,38 @@ def test_what_a_launcher_says_of_itself(monkeypatch, name, text):
     with pytest.raises(ConfigError) as caught:
         call()
     check_answer(str(caught.value), name)
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("text", ["abc", "1.5", "-2", "9" * 5000, "\x1b[2J"])
+def test_what_a_launcher_says_of_the_global_rank(monkeypatch, tmp_path, name, text):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError) as caught:
+        ssdtrain.attach(nn.Linear(2, 2), {"paths": str(tmp_path)})
+    check_answer(str(caught.value), name)
+
+
+@pytest.mark.parametrize(("rank", "process", "found"), [("3", "5", 3), ("", "5", 5), ("-1", "5", 5), ("", "-1", 0)])
+def test_the_global_rank_is_that_of_the_launcher_that_says_one(monkeypatch, tmp_path, rank, process, found):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("SLURM_PROCID", process)
+    with ssdtrain.attach(nn.Linear(2, 2), {"paths": str(tmp_path)}) as offloader:
+        assert offloader.end_step().rank == found
+
+
+@pytest.mark.parametrize("path", [None, 0, ["a.yaml"], {}])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ConfigError) as caught:
+        OffloadConfig.from_yaml(path)
+    check_answer(str(caught.value), str(path))
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear, {}, [nn.Linear(2, 2)]])
+def test_what_is_no_module_is_refused(tmp_path, model):
+    with pytest.raises(StateError) as caught:
+        ssdtrain.attach(model, {"paths": str(tmp_path)})
+    check_answer(str(caught.value), type(model).__name__, "torch.nn.Module")
 
 
 # ---------------------------------------------------------------------- some of them, to the letter
