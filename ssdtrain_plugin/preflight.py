@@ -14,7 +14,7 @@ from ssdtrain_plugin.storage.memory_limit import available_host_bytes
 from ssdtrain_plugin.storage.probe import directory_problem, stranger_problem
 from ssdtrain_plugin.units import format_bytes
 
-__all__ = ["check", "expanded", "find_local_rank", "prepare"]
+__all__ = ["check", "expanded", "find_local_rank", "find_rank", "prepare"]
 
 _MOST_DIGITS = 10
 _NO_LAUNCHER = ("", "-1")  # the second one by scripts that also run without one
@@ -22,7 +22,16 @@ _NO_LAUNCHER = ("", "-1")  # the second one by scripts that also run without one
 
 def find_local_rank() -> int:
     """Get the rank of this process on its node, as the launcher says it; 0 without a launcher."""
-    for variable in ("LOCAL_RANK", "SLURM_LOCALID"):
+    return _first_of("LOCAL_RANK", "SLURM_LOCALID")
+
+
+def find_rank() -> int:
+    """Get the rank of this process in its job, as the launcher says it; 0 without a launcher."""
+    return _first_of("RANK", "SLURM_PROCID")
+
+
+def _first_of(*variables: str) -> int:
+    for variable in variables:
         if os.environ.get(variable, "") not in _NO_LAUNCHER:
             return _number_of(variable, default=0, least=0)
     return 0

@@ -26,7 +26,7 @@ from ssdtrain_plugin.placement import Placer
 from ssdtrain_plugin.policy.adaptive import AdaptivePolicy
 from ssdtrain_plugin.policy.base import OffloadPolicy, Placement
 from ssdtrain_plugin.policy.fixed import FractionPolicy
-from ssdtrain_plugin.preflight import _number_of, find_local_rank, prepare
+from ssdtrain_plugin.preflight import find_local_rank, find_rank, prepare
 from ssdtrain_plugin.stats import WARM_UP_STEPS, StatsWriter, StepStats
 from ssdtrain_plugin.storage.base import Engine, Tier
 from ssdtrain_plugin.storage.engines import choose_engine, meter_of, open_drive
@@ -384,11 +384,6 @@ def _target_allocator(device: torch.device, arena: HostArena) -> Callable[[int],
     return allocate
 
 
-def _find_rank() -> int:
-    said = [name for name in ("RANK", "SLURM_PROCID") if os.environ.get(name, "") not in ("", "-1")]
-    return _number_of(said[0], default=0, least=0) if said else 0
-
-
 def _device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "meta":
@@ -438,7 +433,7 @@ def attach_with(model: nn.Module, config: OffloadConfig | Mapping[str, Any], par
         config = OffloadConfig.from_dict(config)
     make_audible()
     config = prepare(config, local_rank=find_local_rank())
-    offloader = build(config, device=_device_of(model), rank=_find_rank(), parts=parts)
+    offloader = build(config, device=_device_of(model), rank=find_rank(), parts=parts)
     if config.enabled:
         offloader.cache.keep_resident((*model.parameters(), *model.buffers()))
         offloader.name_layers(model)

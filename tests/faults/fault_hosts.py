@@ -85,17 +85,19 @@ class Real:
         self._request = request
         self._undo = contextlib.ExitStack()
         self.num_injected = 0
+        self._has_begun = False
 
     def before_attach(self):
         if self._kind in _BEFORE:
             self._do(_BEFORE[self._kind])
 
     def begin(self):
+        self._has_begun = True
         if self._is_concerned and self._kind in _ACTIONS:
             self._do(_ACTIONS[self._kind])
 
     def stored(self):
-        if self._is_concerned and self._kind == "truncated" and not self.num_injected:
+        if self._has_begun and self._is_concerned and self._kind == "truncated" and not self.num_injected:
             self._do(_truncate)
 
     def _do(self, action):
