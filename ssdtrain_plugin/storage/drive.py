@@ -250,7 +250,7 @@ class DriveTier(Tier):
             self._survived.append(without_frames(error))
 
     def close(self) -> None:
-        """Let the file and its space go, at once, with the end of the last transfer, or once it is zero (`zero_on_free`)."""
+        """Let file and space go, at once, with the end of the last transfer, or once all is zero (`zero_on_free`)."""
         self._file.close()
         if self._eraser is not None:
             self._eraser.close()
