@@ -95,8 +95,7 @@ class TensorCache:
         )
         self._reloader.observer = self._migrator
         self._observer = StepObserver(placer.tiers, time.perf_counter, streams.mark, is_on=placer.policy.is_learning)
-        self._microbatch = -1
-        self._backward_microbatch = -1
+        self._microbatch = self._backward_microbatch = -1
 
     def keep_resident(self, tensors: Iterable[Tensor]) -> None:
         """Never move these storages: parameters and buffers of the model.
@@ -300,20 +299,21 @@ class TensorCache:
         waited = self._queue.wait_for_room(nbytes)
         failed: list[tuple[Tier, Exception]] = []
         place: tuple[Tier, Extent] | None = None
-        for tier in self._placer.candidates(record.tier, self._ledger.step):
+        with self._lock:
+            self._ledger.counter.stall_seconds += waited
+            tiers = self._placer.candidates(record.tier, self._ledger.step)
+        for tier in tiers:
             try:
                 place = tier, tier.allocate(nbytes)
                 break
             except (StorageError, OSError) as error:
                 failed.append((tier, without_frames(error)))
         with self._lock:
-            self._ledger.counter.stall_seconds += waited
             for tier, cause in failed:
                 # A budget that is used up is no failure if the next tier has room.
                 if place is None or getattr(cause, "errno", None) is not None:
                     self._count_failure(tier, cause)
-            if place is None:
-                self._ledger.counter.kept_bytes += nbytes
+            self._ledger.counter.kept_bytes += nbytes if place is None else 0
         self._placer.failures.say()
         return place
 
@@ -331,7 +331,7 @@ class TensorCache:
             if transfer.error is not None:
                 self._store_failed(record, tier, transfer.error)
             else:
-                self._placer.failures.succeeded(tier.name)
+                self._placer.failures.succeeded(tier.name, self._ledger.step)
             if record.state is State.FREED:
                 record.end_transfer()
             elif transfer.error is not None or record.is_forwarded:

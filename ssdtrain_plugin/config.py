@@ -139,8 +139,8 @@ class OffloadConfig(BaseModel):
         le=86400.0,
         allow_inf_nan=False,
         description="A store, or the growth of a file for it, that takes longer is given up and its tensor stays in "
-        "memory; a load that takes longer stops training (seconds). For 1 GiB and more it may take longer, one second "
-        "for 16 MiB.",
+        "memory; a load that takes longer stops training (seconds). One second for 16 MiB is allowed in any "
+        "case; a file grows by 256 MiB at a time.",
     )
     verify: Annotated[Literal["off", "checksum"], BeforeValidator(_as_word)] = Field(
         default="off",

@@ -8,6 +8,7 @@ bounded length, also where the value contains itself.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
@@ -93,8 +94,14 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int, flags: int = 0
     """
     # Without O_NONBLOCK it would wait for the other end of a pipe.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(os.close, fd)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        on_failure.pop_all()
     with os.fdopen(fd, "rb") as file:
-        return file.read(max_bytes + 1) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        return file.read(max_bytes + 1) if stat.S_ISREG(mode) else None
 
 
 def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:

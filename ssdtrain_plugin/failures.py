@@ -38,6 +38,7 @@ class FailureLog:
         self._rank = rank
         self._health = {name: TierHealth() for name in tier_names}
         self._known_causes: set[str] = set()
+        self._have_recovered: set[str] = set()
         self._unsaid: deque[tuple[int, str]] = deque()
         self._hanging: list[tuple[str, Callable[[], bool]]] = []
 
@@ -63,16 +64,17 @@ class FailureLog:
         """
         self._hanging.append((tier_name, has_returned))
 
-    def succeeded(self, tier_name: str) -> None:
-        """Note a store that worked.
+    def succeeded(self, tier_name: str, step: int) -> None:
+        """Note a store that worked; the first time that it ends a pause, prepare a line for the log.
 
         Args:
             tier_name: Of the tier.
+            step: Number of the present step.
         """
-        if self._health[tier_name].succeeded():
-            self._unsaid.append(
-                (logging.INFO, f"`{tier_name}` takes activations again: a store after the pause worked")
-            )
+        if self._health[tier_name].succeeded(step) and tier_name not in self._have_recovered:
+            self._have_recovered.add(tier_name)
+            text = f"`{tier_name}` takes activations again: a store after its pause worked; said once"
+            self._unsaid.append((logging.INFO, text))
 
     def failed(self, tier_name: str, error: BaseException, step: int, counts: Counter[str]) -> None:
         """Note a store that did not work; prepare a warning the first time a cause is seen.
@@ -113,7 +115,7 @@ class FailureLog:
             error: Why.
             counts: Failures of this step by cause; one is added.
         """
-        outcome = "read again when backward asks; what then cannot be read ends training with a `LoadError`"
+        outcome = "read again if backward needs it; what then cannot be read ends training with a `LoadError`"
         message = error.message if isinstance(error, StorageError) else repr(error)
         self._count(f"{_place(_cause(tier_name, error)[0], error)}, {what}", message, outcome, counts)
 
@@ -129,8 +131,11 @@ class FailureLog:
         Threads:
             Any, with no lock held: a log handler may be slow.
         """
-        while self._unsaid:
-            level, text = self._unsaid.popleft()
+        while True:
+            try:
+                level, text = self._unsaid.popleft()
+            except IndexError:  # asked first, another thread could take the last one in between
+                return
             logger.log(level, "rank %d: %s", self._rank, text)
 
 

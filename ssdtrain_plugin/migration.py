@@ -287,8 +287,11 @@ class Migrator:
         if move.direction is Direction.STORE:
             self._placer.hangs(self._drive, move.extent, transfer)
             self._count_failed_spill(transfer)
-        elif transfer.error is not None:
-            self._note_failed_promotion(transfer.error)
+        else:
+            if move.record.extent is not None:
+                self._drive.hangs(move.record.extent)
+            if transfer.error is not None:
+                self._note_failed_promotion(transfer.error)
         transfer.when_returned(partial(self._free_copy, move))
 
     def _count_failed_spill(self, transfer: Transfer) -> None:

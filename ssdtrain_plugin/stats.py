@@ -130,11 +130,11 @@ def open_lines(path: Path) -> IO[str]:
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         path.parent.mkdir(mode=0o775, parents=True, exist_ok=True)
-        fd = os.open(path, flags, 0o600)
+        fd, is_new = _open(path, flags)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(os.close, fd)
             found = os.fstat(fd)
-            problem = _problem_of(found, path.parent)
+            problem = None if is_new else _problem_of(found, path.parent)
             if problem is not None:
                 raise _cannot_open(path, problem, None)
             is_cut = found.st_size > 0 and os.pread(fd, 1, found.st_size - 1) != b"\n"
@@ -145,6 +145,14 @@ def open_lines(path: Path) -> IO[str]:
     if is_cut:
         file.write("\n")  # a run that was killed, or met a full drive, has left a part of a line
     return file
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
+    """Open a file; tell whether we made it: some file systems show modes of their own."""
+    try:
+        return os.open(path, flags | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        return os.open(path, flags, 0o600), False
 
 
 def _problem_of(found: os.stat_result, directory: Path) -> str | None:

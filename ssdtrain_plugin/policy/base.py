@@ -131,6 +131,7 @@ class TierHealth:
         """Start healthy."""
         self._pause_steps = 0
         self._retry_at_step = 0
+        self._is_out = False
 
     def is_usable(self, step: int) -> bool:
         """Tell whether a store may be tried.
@@ -149,9 +150,15 @@ class TierHealth:
         if self.is_usable(step):
             self._pause_steps = min(max(1, 2 * self._pause_steps), _LONGEST_PAUSE_STEPS)
             self._retry_at_step = step + self._pause_steps
+            self._is_out = True
 
-    def succeeded(self) -> bool:
-        """Note a store that worked; tell whether it is the first one after a pause."""
-        has_recovered = self._pause_steps > 0
+    def succeeded(self, step: int) -> bool:
+        """Note a store that worked; tell whether it is the first one after a pause.
+
+        Args:
+            step: Number of the present step.
+        """
         self._pause_steps = 0
+        has_recovered = self._is_out and self.is_usable(step)  # not one that was under way when another failed
+        self._is_out &= not has_recovered
         return has_recovered

@@ -29,6 +29,7 @@ __all__ = ["Eraser"]
 logger = logging.getLogger(__name__)
 
 _BLOCKS_A_CALL = 8
+_BYTES_A_SYNC = 64 * MIB
 
 
 class Eraser:
@@ -53,6 +54,7 @@ class Eraser:
         self._freed: deque[Extent] = deque()
         self._is_closed = False
         self._written_bytes = 0
+        self._unsynced_bytes = 0
         self._has_complained = False
         held = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(held,), name="ssdtrain-erase", daemon=True)
@@ -99,7 +101,7 @@ class Eraser:
             for extent in self._file.live_extents():
                 self._erase(extent)
             try:
-                os.fdatasync(self._file.fd)  # what sits in the page cache of a closed file is never written
+                self._sync()
             except OSError as error:
                 self._complain(error.strerror or str(error))
         self._on_end()
@@ -127,7 +129,15 @@ class Eraser:
                 raise OSError(0, "nothing was written")
             self._written_bytes += count
             self._count(count)
+            self._unsynced_bytes += count
+            if self._unsynced_bytes >= _BYTES_A_SYNC:
+                self._sync()
             offset += count
+
+    def _sync(self) -> None:
+        """What sits in the page cache of a closed file is never written. A little at a time, to be seen to get on."""
+        os.fdatasync(self._file.fd)
+        self._unsynced_bytes = 0
 
     def _complain(self, reason: str) -> None:
         if not self._has_complained:

@@ -206,9 +206,9 @@ class ExtentFile:
                     return 0
                 self._file_bytes = keep_bytes
             try:
-                self._call(partial(os.ftruncate, self.fd, keep_bytes), surplus_bytes)
+                self._call(partial(os.ftruncate, self.fd, keep_bytes), 0)  # it moves no bytes
             except OSError as error:
-                if not self._calls.is_stuck:  # else it may cut them off at any time
+                if error.errno != errno.ETIMEDOUT:  # else it may cut them off at any time
                     self._file_bytes = before_bytes
                 raise StorageError(
                     f"cannot give space back: {format_bytes(surplus_bytes)} to the drive of `{self.path}` "

@@ -36,6 +36,7 @@ BLOCK_ALIGNMENT = 4096
 _HUGE_PAGE_BYTES = 2 * MIB
 # Left of what the process may still take: a process at the limit of its control group is killed, not refused.
 _SPARE_BYTES = 256 * MIB
+_ENDLESS = 1 << 62
 
 
 @lru_cache(maxsize=1024)
@@ -122,7 +123,10 @@ class HostArena:
         self._slab_bytes = round_up(max(slab_bytes, 1), BLOCK_ALIGNMENT)
         self._limit_bytes = limit_bytes
         self._available = available
-        self._is_out = False  # not asked again before the next trim: each answer reads files
+        # Both hold until the next trim. What could be mapped at the last refusal: each answer reads files.
+        self._room_bytes: int | None = None
+        # What is left by our own account: the system does not count pages that nobody has touched yet.
+        self._left_bytes: int | None = None
         # Reentrant: a collection inside a locked region may run the finalizer that closes the arena.
         self._lock = threading.RLock()
         self._slabs: list[_Slab] = []
@@ -150,9 +154,12 @@ class HostArena:
 
     @property
     def bound_bytes(self) -> int | None:
-        """Bytes that may be mapped: ``limit_bytes``, or what there is while the system has no more; None: no bound."""
+        """Bytes that may be mapped: ``limit_bytes``, or less while the system has no more; None: no bound."""
         with self._lock:
-            return self._reserved_bytes if self._is_out else self._limit_bytes
+            if self._room_bytes is None:
+                return self._limit_bytes
+            bound_bytes = self._reserved_bytes + self._room_bytes
+            return bound_bytes if self._limit_bytes is None else min(bound_bytes, self._limit_bytes)
 
     def tensor(self, nbytes: int) -> Tensor:
         """Give a tensor on a block of its own. Its values are not initialised.
@@ -207,7 +214,7 @@ class HostArena:
         """
         with self._lock:
             self._drain()
-            self._is_out = False
+            self._room_bytes = self._left_bytes = None
             peak_bytes, self._peak_bytes = self._peak_bytes, self._used_bytes
             return self._trim(peak_bytes)
 
@@ -265,7 +272,7 @@ class HostArena:
                 )
             slab_bytes = min(slab_bytes, left_bytes)
         if self._available is not None:
-            slab_bytes = min(slab_bytes, self._room_for(nbytes, need_bytes))
+            slab_bytes = min(slab_bytes, self._room_for(nbytes, need_bytes, self._available))
         try:
             slab = _Slab(slab_bytes)
         except OSError as error:
@@ -278,28 +285,36 @@ class HostArena:
         self._pin(slab)
         self._slabs.append(slab)
         self._reserved_bytes += slab.nbytes
+        if self._left_bytes is not None:
+            self._left_bytes -= slab.nbytes
+        if self._room_bytes is not None:
+            self._room_bytes = max(self._room_bytes - slab.nbytes, 0)
         return slab
 
-    def _room_for(self, nbytes: int, need_bytes: int) -> int:
+    def _room_for(self, nbytes: int, need_bytes: int, available: Callable[[], int]) -> int:
         """Ask how much may be mapped without getting the process killed.
 
         Raises:
             CapacityError: Less than is needed; without an error number, as for a budget that is used up.
         """
-        left_bytes = 0 if self._is_out or self._available is None else self._available()
-        # Pages count when they are touched, and the process grows meanwhile: half is left to it.
-        room_bytes = round_down(max(left_bytes - _SPARE_BYTES, 0) // 2, BLOCK_ALIGNMENT)
-        if room_bytes >= need_bytes:
-            return room_bytes
-        if not self._is_out and not self._has_warned_of_memory:
-            self._has_warned_of_memory = True
-            logger.warning(
-                "host memory is short: %s left on this machine or in the control group; host memory takes no more than "
-                "the %s that it has. hint: lower `host_bytes`, or raise the memory limit of the job",
-                format_bytes(left_bytes),
-                format_bytes(self._reserved_bytes),
-            )
-        self._is_out = True
+        if self._room_bytes is None or need_bytes <= self._room_bytes:
+            left_bytes = min(available(), _ENDLESS if self._left_bytes is None else self._left_bytes)
+            # The process grows meanwhile: half is left to it.
+            room_bytes = round_down(max(left_bytes - _SPARE_BYTES, 0) // 2, BLOCK_ALIGNMENT)
+            if room_bytes >= need_bytes:
+                self._left_bytes = left_bytes
+                return room_bytes
+            self._room_bytes = room_bytes
+            if not self._has_warned_of_memory:
+                self._has_warned_of_memory = True
+                logger.warning(
+                    "host memory is short: %s wanted, %s left on this machine or in the control group, of which half "
+                    "and %s are left alone; the drive or device memory takes what does not fit. hint: lower "
+                    "`host_bytes`, or raise the memory limit of the job; said once",
+                    format_bytes(nbytes),
+                    format_bytes(left_bytes),
+                    format_bytes(_SPARE_BYTES),
+                )
         raise CapacityError(
             f"cannot reserve host memory: {format_bytes(nbytes)} (too little left for the process)",
             nbytes=nbytes,

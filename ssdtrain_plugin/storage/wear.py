@@ -149,8 +149,9 @@ class WearFile:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise ValueError("a link, expected a file") from None
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                kind = "a link" if error.errno == errno.ELOOP else "a directory"
+                raise ValueError(f"{kind}, expected a file") from None
             raise
         if data is None or len(data) > _MOST_BYTES:
             what = "a pipe or a device" if data is None else "too large"

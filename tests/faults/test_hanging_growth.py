@@ -121,8 +121,8 @@ def with_surplus(file):
 def test_a_file_that_hangs_when_it_is_made_shorter_does_not_grow_meanwhile(file, tmp_path, monkeypatch):
     with_surplus(file)
     hanging = Hanging(monkeypatch, "ftruncate", tmp_path)
-    with pytest.raises(StorageError, match="cannot give space back") as caught:
-        file.trim()
+    with pytest.raises(StorageError, match=r"cannot give space back: .*no answer within 0.1 s") as caught:
+        file.trim()  # however much it is: no bytes are moved
     assert caught.value.errno == errno.ETIMEDOUT
     assert file.trim() == 0, "not tried again"
     extents = [file.allocate(STEP)]
@@ -239,7 +239,7 @@ def test_training_goes_on_while_a_file_does_not_grow(tmp_path, monkeypatch, capl
     assert hanging.num_calls == 1
     failures = {cause for step in stats for cause in step.failures}
     if num_drives == 1:
-        assert failures == {"ssd: timeout"}
+        assert failures == {f"ssd: timeout at {drives[0]}", "ssd: left alone after a failure"}
         assert sum(step.stored_bytes for step in stats) == 0
     else:
         assert failures == {f"ssd: timeout at {drives[0]}"}

@@ -11,6 +11,7 @@ from torch import nn
 
 import ssdtrain_plugin as ssdtrain
 from ssdtrain_plugin.deadlines import ending
+from ssdtrain_plugin.storage import eraser
 from ssdtrain_plugin.storage.engines import open_drive
 from ssdtrain_plugin.storage.memory import HostArena
 from ssdtrain_plugin.streams import CpuStreams, DeviceEvent
@@ -69,6 +70,17 @@ def test_what_is_not_freed_is_zeroed_at_the_end(drive):
         assert secrets_in(fd) == 0
     finally:
         os.close(fd)
+
+
+def test_zeros_go_to_the_drive_a_little_at_a_time(drive, monkeypatch):
+    """Else an eraser that waits for all of them at the end looks as if it did not get on."""
+    monkeypatch.setattr(eraser, "_BYTES_A_SYNC", 2 * MIB)
+    at_syncs = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: at_syncs.append(drive._eraser._written_bytes))
+    for _ in range(5):
+        store(drive, MIB)
+    drive.close()
+    assert at_syncs == [2 * MIB, 4 * MIB, 5 * MIB]
 
 
 def test_other_extents_are_not_touched(drive):

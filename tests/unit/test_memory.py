@@ -109,7 +109,7 @@ def test_the_limit_bounds_what_is_mapped():
 
 
 def test_no_more_is_mapped_than_the_process_may_still_take(caplog):
-    """Half of what is left beyond a reserve; a refusal is said once, and holds until the next trim."""
+    """Half of what is left beyond a reserve; a refusal is said once, and holds for its size until the next trim."""
     left = [SPARE_BYTES + 20 * MIB]
     asked = []
 
@@ -129,11 +129,12 @@ def test_no_more_is_mapped_than_the_process_may_still_take(caplog):
             arena.tensor(4 * MIB)
         assert caught.value.errno is None, "a budget that is used up, not a tier that failed"
     assert len(asked) == 2
-    assert arena.bound_bytes == 10 * MIB
+    assert arena.bound_bytes == (10 + 1) * MIB - 4096
+    assert arena.tensor(MIB // 2).numel() == MIB // 2, "for this there is room"
     del first
     first = arena.tensor(4 * MIB)  # what it has is used again
     assert len(caplog.messages) == 1
-    assert "host memory is short: 258.0 MiB left" in caplog.text
+    assert "host memory is short: 4.0 MiB wanted, 258.0 MiB left" in caplog.text
 
     left[0] = 1 << 40
     arena.trim()
@@ -145,6 +146,27 @@ def test_no_more_is_mapped_than_the_process_may_still_take(caplog):
     with pytest.raises(CapacityError):
         arena.tensor(65 * MIB)
     assert len(caplog.messages) == 1
+    arena.close()
+
+
+def test_one_block_too_large_for_what_is_left_is_refused_alone():
+    left = SPARE_BYTES + 80 * MIB
+    arena = HostArena(CpuStreams(), slab_bytes=8 * MIB, limit_bytes=512 * MIB, available=lambda: left)
+    with pytest.raises(CapacityError):
+        arena.tensor(41 * MIB)
+    assert arena.bound_bytes == 40 * MIB
+    assert arena.tensor(MIB).numel() == MIB
+    assert arena.bound_bytes == 40 * MIB
+    arena.close()
+
+
+def test_pages_that_nobody_has_touched_are_counted_as_taken():
+    """The system does not count them yet."""
+    arena = HostArena(CpuStreams(), slab_bytes=8 * MIB, limit_bytes=512 * MIB, available=lambda: SPARE_BYTES + 40 * MIB)
+    held = [arena.tensor(4 * MIB) for _ in range(6)]
+    assert arena.reserved_bytes == 24 * MIB
+    with pytest.raises(CapacityError):  # 16 MiB are left by our account, 40 MiB by that of the system
+        held += [arena.tensor(4 * MIB) for _ in range(4)]
     arena.close()
 
 

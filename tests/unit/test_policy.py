@@ -54,7 +54,9 @@ def test_pauses_double_and_one_success_ends_them():
     health.failed(0)
     assert not health.is_usable(0)
     assert health.is_usable(1)
-    health.succeeded()
+    assert not health.succeeded(0), "it was under way when the other one failed"
+    assert health.succeeded(1)
+    assert not health.succeeded(1)
     health.failed(1)
     assert health.is_usable(2), "the pause begins at one step again"
 

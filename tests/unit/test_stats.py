@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from ssdtrain_plugin import stats
 from ssdtrain_plugin.errors import StorageError
 from ssdtrain_plugin.report.reading import read_run
-from ssdtrain_plugin.stats import StatsWriter, StepCounter, StepStats
+from ssdtrain_plugin.stats import StatsWriter, StepCounter, StepStats, open_lines
 from ssdtrain_plugin.trace import Trace
 
 
@@ -132,6 +133,14 @@ def test_a_file_of_another_user_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     refused(tmp_path, f"a file of user {ours}")
+
+
+def test_a_file_of_our_own_making_is_ours_whatever_mode_the_file_system_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "_problem_of", lambda found, directory: "mode 0777, every user may change it")
+    with open_lines(tmp_path / "rank0.jsonl") as file:
+        file.write("{}\n")
+    with pytest.raises(StorageError, match="mode 0777"):
+        open_lines(tmp_path / "rank0.jsonl")
 
 
 def test_a_file_made_for_a_monitor_is_appended_to(tmp_path):

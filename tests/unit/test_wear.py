@@ -121,7 +121,9 @@ def test_a_damaged_file_is_put_aside_and_said(tmp_path, caplog, text):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("elsewhere")], ids=["pipe", "link"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("elsewhere"), os.mkdir], ids=["pipe", "link", "folder"]
+)
 def test_what_is_no_file_is_put_aside_and_not_waited_for(tmp_path, caplog, make):
     make(tmp_path / "wear.json")
     one = meter(tmp_path, ManualClock(NOON))
