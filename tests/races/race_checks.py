@@ -121,7 +121,8 @@ class Checks:
 
     def _check_record(self, record):
         state, check = record.state, self._scheduler.check
-        is_alive = record.lives() is not None
+        lease = record.lives()  # held to the end: if it were the last one, its death would take the bytes in between
+        is_alive = lease is not None
         has_bytes, has_place = record.storage is not None, record.extent is not None
 
         def says():
