@@ -162,9 +162,15 @@ def _real() -> list[FaultCase]:
             "file system full", "store", "a small ext4 fills", Outcome.KEPT, "full", first_step=0, place=Place.SMALL,
             options=small,
         ),
+        # A loop device calls a write complete of which its file took only a part. Where that happens, which depends
+        # on the order of sizes, nobody but a checksum can tell.
         FaultCase(
             "drive has no blocks left", "store", "the file behind a loop device cannot grow", Outcome.KEPT, "thin",
-            first_step=0, place=Place.THIN, options=small,
+            first_step=0, place=Place.THIN, options=_CHECKED + small, hosts=(PLAIN,),
+        ),
+        FaultCase(
+            "drive has no blocks left", "both", "the same, and the device takes a part and says all", Outcome.STOPPED,
+            "thin", first_step=0, place=Place.THIN, options=_CHECKED + small, hosts=(PIPELINE,),
         ),
         FaultCase(
             "drive loses its bytes", "load", "the file behind a loop device is truncated", Outcome.STOPPED,

@@ -84,8 +84,9 @@ class Row:
     def is_good(self) -> bool:
         """It was skipped for a reason, or all is as it should be."""
         is_as_expected = self.outcome is self.case.expected and not self.leftovers
-        # Who is refused at the start has taken no step; all others have, and must show it.
-        has_numbers = self.are_equal or (self.are_equal is None and self.case.expected is Outcome.REFUSED)
+        # Who is refused at the start, or stopped in the first step, has taken no step; all others must show it.
+        may_have_none = self.case.expected is Outcome.REFUSED or (self.case.ends_the_job and self.case.first_step == 0)
+        has_numbers = self.are_equal or (self.are_equal is None and may_have_none)
         return self.outcome is None or (is_as_expected and bool(has_numbers))
 
 

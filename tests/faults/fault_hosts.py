@@ -114,9 +114,20 @@ def _fill(request, undo, *, left_bytes, directory):
     fd = os.open(filler, os.O_CREAT | os.O_WRONLY, 0o600)
     undo.callback(filler.unlink)
     undo.callback(os.close, fd)
-    with contextlib.suppress(OSError):  # the other rank may be filling too
+    # The other rank may be filling too: who asks for all that is free may get none of it, so both ask for less then.
+    length, share = 0, 1
+    while share <= 1 << 12:
         space = os.fstatvfs(fd)
-        os.posix_fallocate(fd, 0, max(space.f_bavail * space.f_frsize - left_bytes, 4096))
+        more = (space.f_bavail * space.f_frsize - left_bytes) // share // 4096 * 4096
+        if more <= 0:
+            if share == 1:
+                return
+            break
+        try:
+            os.posix_fallocate(fd, length, more)
+            length += more
+        except OSError:
+            share *= 2
 
 
 def _fill_drive(request, undo):
