@@ -70,6 +70,7 @@ class FaultCase:
         options: Of the config.
         ranks: Which ranks of a pipeline have it; None: all.
         hosts: Under which hosts it is run.
+        may_be_kept: It is as good if all stores concerned fail and the job goes on: the order of sizes decides.
     """
 
     fault: str
@@ -85,6 +86,7 @@ class FaultCase:
     options: tuple[tuple[str, object], ...] = ()
     ranks: tuple[int, ...] | None = None
     hosts: tuple[str, ...] = (PLAIN, PIPELINE)
+    may_be_kept: bool = False
 
     @property
     def name(self) -> str:
@@ -170,7 +172,8 @@ def _real() -> list[FaultCase]:
         ),
         FaultCase(
             "drive has no blocks left", "both", "the same, and the device takes a part and says all", Outcome.STOPPED,
-            "thin", first_step=0, place=Place.THIN, options=_CHECKED + small, hosts=(PIPELINE,),
+            "thin", first_step=0, place=Place.THIN, options=_CHECKED + small, ranks=(0,), hosts=(PIPELINE,),
+            may_be_kept=True,
         ),
         FaultCase(
             "drive loses its bytes", "load", "the file behind a loop device is truncated", Outcome.STOPPED,

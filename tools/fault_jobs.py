@@ -83,7 +83,8 @@ class Row:
     @property
     def is_good(self) -> bool:
         """It was skipped for a reason, or all is as it should be."""
-        is_as_expected = self.outcome is self.case.expected and not self.leftovers
+        is_kept_instead = self.case.may_be_kept and self.outcome is Outcome.KEPT
+        is_as_expected = (self.outcome is self.case.expected or is_kept_instead) and not self.leftovers
         # Who is refused at the start, or stopped in the first step, has taken no step; all others must show it.
         may_have_none = self.case.expected is Outcome.REFUSED or (self.case.ends_the_job and self.case.first_step == 0)
         has_numbers = self.are_equal or (self.are_equal is None and may_have_none)
@@ -245,7 +246,8 @@ def judge(case: FaultCase, host: str, ended: Ended) -> Row:
         host: Of the job.
         ended: The job.
     """
-    return (_judge_ended if case.ends_the_job else _judge_survivor)(case, host, ended)
+    has_survived = not case.ends_the_job or (case.may_be_kept and ended.code == 0)
+    return (_judge_survivor if has_survived else _judge_ended)(case, host, ended)
 
 
 def _is_abort(ended: Ended) -> bool:

@@ -116,18 +116,18 @@ def _fill(request, undo, *, left_bytes, directory):
     undo.callback(os.close, fd)
     # The other rank may be filling too: who asks for all that is free may get none of it, so both ask for less then.
     length, share = 0, 1
-    while share <= 1 << 12:
+    for _ in range(1000):
         space = os.fstatvfs(fd)
-        more = (space.f_bavail * space.f_frsize - left_bytes) // share // 4096 * 4096
-        if more <= 0:
-            if share == 1:
-                return
-            break
+        left = space.f_bavail * space.f_frsize - left_bytes
+        if left < 4096:
+            return
+        more = max(left // share // 4096 * 4096, 4096)
         try:
             os.posix_fallocate(fd, length, more)
-            length += more
         except OSError:
             share *= 2
+        else:
+            length, share = length + more, 1
 
 
 def _fill_drive(request, undo):
